@@ -394,6 +394,7 @@ def _span(file: DataFile, part: _Part) -> tuple[int, int] | None:
                 rows = file.packets(begin, min(end, part.rows))
             except FileError:
                 continue  # told when the row is counted
+            rows, _ = _converted(rows, chip_generation(part.dtype.names or (), part.version), part.own)
             seconds = rows["timestamp"][schema.types_of(rows) == PacketType.TIMESTAMP].astype(np.float64)
             seconds = seconds[(seconds > 0) & (seconds < 1 << 33)]
             if len(seconds):
@@ -607,40 +608,21 @@ class _Reading:
 
     def _take(self, given: NDArray[Any], first: int, times: _RowTimes, row: int, joined: bool) -> None:
         """Count rows that begin at row `first` of their file, and at `row` of all files."""
-        rows = self._converted(given)
+        rows, impossible = _converted(given, self._asic, self._summary.own)
+        self._impossible += impossible
         seconds, producers = times.at(first, rows)
-        groups = self._groups(rows)
-        types = schema.types_of(rows)
-        packets = (types <= PacketType.CONFIG_READ) & (rows["direction"] == 1)
+        chips = _chips(rows)
+        groups = np.maximum(chips >> 16, 0)
+        packets = (schema.types_of(rows) <= PacketType.CONFIG_READ) & (rows["direction"] == 1) & (chips >= 0)
         self._clocks.add(rows, groups, packets, seconds + self._base / 1e9, joined)
         self._count_in_time(rows, groups, packets, seconds, producers)
         total, start = self._summary.rows, 0
         while start < len(rows):
             stretch = (row + start) * STRETCHES // total
             stop = min(len(rows), -(-(stretch + 1) * total // STRETCHES) - row)
-            self._count_channels(rows[start:stop], groups[start:stop], stretch, seconds[start:stop])
+            own = slice(start, stop)
+            self._count_channels(rows[own], chips[own], packets[own], stretch, seconds[own])
             start = stop
-
-    def _converted(self, given: NDArray[Any]) -> NDArray[Any]:
-        """Return rows in a layout of schema.LAYOUTS."""
-        if self._summary.own and any(given.dtype == layout.dtype for layout in schema.LAYOUTS):
-            return np.ascontiguousarray(given)
-        rows = np.zeros(len(given), _LAYOUTS[self._asic].dtype)
-        self._impossible += int(np.count_nonzero(~copy_columns(given, rows)))
-        # Conversions of larpix-control leave the direction 0; nobody sends data packets to chips.
-        types = schema.types_of(rows)
-        received = types == (PacketType.TEST if self._asic == Asic.V3 else PacketType.DATA)
-        if self._asic == Asic.V1:
-            received |= "direction" not in (given.dtype.names or ()) and types <= PacketType.CONFIG_READ
-        else:
-            received |= (types <= PacketType.CONFIG_READ) & (rows["receipt_timestamp"] > 0)
-        rows["direction"][received] = 1
-        return rows
-
-    def _groups(self, rows: NDArray[Any]) -> NDArray[np.intp]:
-        if self._asic != Asic.V1:
-            return schema.io_groups_of(rows)
-        return np.asarray(np.maximum(_keys_v1(rows) >> 16, 0), np.intp)
 
     def _count_in_time(
         self,
@@ -686,7 +668,12 @@ class _Reading:
         return np.array([self._pairs[code] for code in found.tolist()], np.intp)[inverse]
 
     def _count_channels(
-        self, rows: NDArray[Any], groups: NDArray[np.intp], stretch: int, seconds: NDArray[np.float64]
+        self,
+        rows: NDArray[Any],
+        chips: NDArray[np.intp],
+        packets: NDArray[np.bool_],
+        stretch: int,
+        seconds: NDArray[np.float64],
     ) -> None:
         if stretch != self._stretch:
             self._end_stretch()
@@ -697,26 +684,22 @@ class _Reading:
         self._counters.count(rows)
         v1 = "type" in (rows.dtype.names or ())
         data = schema.types_of(rows) == (PacketType.TEST if self._asic == Asic.V3 else PacketType.DATA)
-        data &= rows["direction"] == 1
-        self._stretch_data[stretch] += np.bincount(groups[data], minlength=IO_GROUPS).astype(np.uint64)[:IO_GROUPS]
+        data &= packets
+        self._stretch_data[stretch] += np.bincount(chips[data] >> 16, minlength=IO_GROUPS).astype(np.uint64)
         chosen = data & (rows["valid_parity"] != 0)
         if self._asic == Asic.V3:
             chosen &= rows["reset_sample_flag"] == 0
-        rows = rows[chosen]
-        keys = _keys_v1(rows) if v1 else schema.chips_of(rows)
+        rows, keys = rows[chosen], chips[chosen]
         channels = rows["channel" if v1 else "channel_id"].astype(np.intp)
         values = rows["adc_counts" if v1 else "dataword"].astype(np.float64)
         n_channels = 128 if v1 else 64
-        placed = (keys >= 0) & (channels < n_channels) & (values < _MAX_ADC[self._asic])
+        placed = (channels < n_channels) & (values < _MAX_ADC[self._asic])
         if not placed.all():
             keys, channels, values = keys[placed], channels[placed], values[placed]
         index = self._chip_of[keys]
         if (index == 0).any():
-            chips = self._counters.chips()
-            known = (
-                chips["io_group"].astype(np.intp) << 16 | chips["io_channel"].astype(np.intp) << 8 | chips["chip_id"]
-            )
-            self._chip_of[known] = np.arange(1, len(known) + 1)
+            all_chips = schema.chips_of(self._counters.chips())
+            self._chip_of[all_chips] = np.arange(1, len(all_chips) + 1)
             index = self._chip_of[keys]
             found = index > 0  # there are more chips than the counters take
             index, channels, values = index[found], channels[found], values[found]
@@ -975,12 +958,35 @@ def _chosen_units(part: _Part, fraction: float) -> list[tuple[int, int]]:
     return [(start, min(start + part.unit, part.rows)) for start in (units * part.unit).tolist()]
 
 
-def _keys_v1(rows: NDArray[Any]) -> NDArray[np.intp]:
-    """Return io_group << 16 | io_channel << 8 | chip_id of rows of layout 1.0, -1 for other texts, shape (N,)."""
+def _converted(given: NDArray[Any], asic: Asic, own: bool) -> tuple[NDArray[Any], int]:
+    """Return rows in a layout of schema.LAYOUTS, and the number of those with values that no packet can have.
+
+    `own`: larpix-daq wrote them, so that their column `direction` is filled.
+    """
+    if any(given.dtype == layout.dtype for layout in schema.LAYOUTS) and (own or given["direction"].any()):
+        return np.ascontiguousarray(given), 0
+    rows = np.zeros(len(given), _LAYOUTS[asic].dtype)
+    impossible = int(np.count_nonzero(~copy_columns(given, rows)))
+    # Conversions of larpix-control leave the direction 0; nobody sends data packets to chips.
+    types = schema.types_of(rows)
+    received = types == (PacketType.TEST if asic == Asic.V3 else PacketType.DATA)
+    if asic == Asic.V1:
+        received |= "direction" not in (given.dtype.names or ()) and types <= PacketType.CONFIG_READ
+    else:
+        received |= (types <= PacketType.CONFIG_READ) & (rows["receipt_timestamp"] > 0)
+    rows["direction"][received] = 1
+    return rows, impossible
+
+
+def _chips(rows: NDArray[Any]) -> NDArray[np.intp]:
+    """Return io_group << 16 | io_channel << 8 | chip_id, as of schema.chips_of(), -1 for impossible chip_keys."""
+    if "io_group" in (rows.dtype.names or ()):
+        return schema.chips_of(rows)
     texts, inverse = np.unique(rows["chip_key"], return_inverse=True)
-    keys = np.full(len(texts), -1, np.intp)
+    places = np.full(len(texts), -1, np.intp)
     for i, text in enumerate(texts.tolist()):
         parts = text.split(b"-")
-        if len(parts) == 3 and all(part.isdigit() and len(part) < 4 and int(part) < 256 for part in parts):
-            keys[i] = int(parts[0]) << 16 | int(parts[1]) << 8 | int(parts[2])
-    return keys[inverse.reshape(-1)]
+        if len(parts) > 2 and all(part.isdigit() and len(part) < 4 and int(part) < 256 for part in parts[:2]):
+            places[i] = int(parts[0]) << 16 | int(parts[1]) << 8
+    places = places[inverse.reshape(-1)]
+    return np.asarray(np.where(places < 0, -1, places | rows["chipid"]), np.intp)

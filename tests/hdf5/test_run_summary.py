@@ -299,7 +299,7 @@ def test_recorded_files_of_v1_chips(tmp_path):
     )
     rows = np.zeros(len(hits), dtype)
     for i, (channel, chip, *_) in enumerate(hits):
-        rows["chip_key"][i] = f"1-1-{chip}".encode()
+        rows["chip_key"][i], rows["chipid"][i] = f"1-1-{chip}".encode(), chip
         rows["channel"][i] = channel
     rows["valid_parity"] = rows["direction"] = 1
     rows["timestamp"] = [hit[6] for hit in hits]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import tempfile
 import zlib
@@ -43,10 +44,12 @@ from larpixdaq.emulators.serial_board import SerialBoard
 from larpixdaq.emulators.tile import EmulatedTile
 from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, ProtocolError, RingError
 from larpixdaq.hdf5 import journal, layout, names
+from larpixdaq.hdf5.hot_channels import dead_channels, hot_channels
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.recordings import MessageLog, PacketFile, open_recording
 from larpixdaq.hdf5.recovery import prepare, recover
 from larpixdaq.hdf5.run_report import file_info, positions, survey_run
+from larpixdaq.hdf5.run_summary import summarise
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.keys import credentials
@@ -664,6 +667,13 @@ def inspect(path: Path) -> None:
                 file.table(name)
         for _ in file.pieces():
             pass
+    for rows in (100, 1 << 30):
+        with documented(FileError):
+            summary = summarise(path, rows=rows)
+            json.dumps(summary.plain(channels=len(summary.chips) < 100), allow_nan=False)
+            with documented(ConfigError):
+                hot_channels(summary)
+                dead_channels(summary)
     replay(path)
     warnings: list[str] = []
     positions(path.parent, warnings=warnings)
