@@ -242,7 +242,7 @@ def _rates(panel: SubFigure, summary: RunSummary, shared: _Shared) -> list[Axes]
 
 def _adc(panel: SubFigure, summary: RunSummary, shared: _Shared) -> list[Axes]:
     spread, channels = panel.subplots(1, 2)
-    panel.subplots_adjust(left=0.11, right=0.98, top=0.9, bottom=0.13, wspace=0.25)
+    panel.subplots_adjust(left=0.11, right=0.95, top=0.9, bottom=0.13, wspace=0.25)
     spread.set_title("ADC values of data packets", fontsize=10)
     channels.set_title("mean and spread of each channel", fontsize=10)
     if not summary.adc.any():
@@ -317,10 +317,10 @@ def _pixels(panel: SubFigure, summary: RunSummary, shared: _Shared) -> list[Axes
         if shown[chip, channel] > 0
     ]
     panel.text(0.02, 0.03, f"highest ({label}): {', '.join(named)}", fontsize=7, parse_math=False)
-    panel.suptitle(
-        f"{int((summary.packets > 0).sum()):,} channels of {len(summary.chips)} chips with data packets; grey: none",
-        fontsize=10,
-    )
+    channels = int(np.count_nonzero(summary.packets))
+    grey = "no packet, or no pixel" if grids else "no packet"
+    title = f"{channels:,} channels of {len(summary.chips)} chips with data packets; grey: {grey}"
+    panel.suptitle(title, fontsize=10)
     return []
 
 

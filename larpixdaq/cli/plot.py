@@ -192,10 +192,13 @@ def hot(options: argparse.Namespace) -> int:
     layout = _layout(options.layout)
     (summary,) = _summaries(options, [options.run])
     found = hot_channels(summary, above=options.above, factor=options.factor)
-    dead, masked = None, 0
+    dead, masked, silent = None, 0, []
     if options.dead:
-        expected, masked = _expected_channels(summary, layout)
+        masks = _masks(summary)
+        expected, masked = _expected_channels(summary, layout, masks)
         dead = dead_channels(summary, expected)
+        active = {tuple(chip) for chip in summary.chips[summary.packets.any(axis=1)].tolist()}
+        silent = ["-".join(map(str, chip)) for chip in sorted(masks.keys() - active)]
     if options.json:
         facts = {
             name: getattr(summary, name)
@@ -203,7 +206,8 @@ def hot(options: argparse.Namespace) -> int:
         }
         facts |= {"hot": [asdict(channel) | {"key": channel.key} for channel in found]}
         if dead is not None:
-            facts |= {"dead": [asdict(channel) | {"key": channel.key} for channel in dead], "masked": masked}
+            facts |= {"dead": [asdict(channel) | {"key": channel.key} for channel in dead]}
+            facts |= {"masked": masked, "silent_chips": silent}
         print(json.dumps(facts))
         return 0
     read = "all rows" if summary.seen == 1 else f"{summary.seen:.2%} of the rows, evenly chosen,"
@@ -218,6 +222,9 @@ def hot(options: argparse.Namespace) -> int:
         _print_channels("dead", dead)
         if masked:
             print(f"{masked} channels were masked, and are not among these")
+        if silent:
+            more = f" and {len(silent) - _LISTED} more" if len(silent) > _LISTED else ""
+            print(f"{len(silent)} chips were configured and sent no data packet: {', '.join(silent[:_LISTED])}{more}")
     for note in summary.notes:
         print(printable(note))
     return 0
@@ -251,7 +258,9 @@ def _print_channels(name: str, channels: Sequence[Channel]) -> None:
         print(f"and {len(channels) - _LISTED} more: --json has all")
 
 
-def _expected_channels(summary: RunSummary, layout: PixelLayout | None) -> tuple[NDArray[np.bool_], int]:
+def _expected_channels(
+    summary: RunSummary, layout: PixelLayout | None, masks: dict[tuple[int, int, int], NDArray[np.bool_]]
+) -> tuple[NDArray[np.bool_], int]:
     """Return which channels could have packets, shape (chips, channels), and the number of those that were masked."""
     import numpy as np
 
@@ -268,14 +277,17 @@ def _expected_channels(summary: RunSummary, layout: PixelLayout | None) -> tuple
             expected[index, : len(placed)] &= placed
             expected[index, len(placed) :] = False
     masked = np.zeros(expected.shape, np.bool_)
-    for key, mask in _masks(summary).items():
+    for key, mask in masks.items():
         for index in np.flatnonzero(summary.chips == np.array(key, summary.chips.dtype)).tolist():
             masked[index, : len(mask)] = mask[: masked.shape[1]]
     return expected & ~masked, int(np.count_nonzero(masked & expected & (summary.packets == 0)))
 
 
 def _masks(summary: RunSummary) -> dict[tuple[int, int, int], NDArray[np.bool_]]:
-    """Return the masked channels of each chip by its last configuration in the files, as read back, or else as sent."""
+    """Return the masked channels of each configured chip by its last configuration: as read back, or else as sent.
+
+    Chips without known names of registers have none.
+    """
     import numpy as np
 
     from larpixdaq.hardware.register_map import ChipRegisters
@@ -285,18 +297,16 @@ def _masks(summary: RunSummary) -> dict[tuple[int, int, int], NDArray[np.bool_]]
     from larpixdaq.schema import ASICS
 
     masks: dict[tuple[int, int, int], NDArray[np.bool_]] = {}
-    if not summary.own:
-        return masks
-    for path in summary.files:
+    for path in summary.files if summary.own else ():
         with DataFile(path) as file:
             table = newest_configurations(file.table("run/configs"))
-        for asic in sorted({bytes(name).decode("utf-8", "replace") for name in table["asic"]} & ASICS.keys()):
-            registers = ChipRegisters(asic)
-            if "channel_mask" not in registers.addresses:
-                continue
-            own = table[table["asic"] == asic.encode()]
-            values = np.where(own["known"] & READ, own["read"], own["sent"])[:, : registers.count]
-            given = registers.values_by_name(values, ["channel_mask"])["channel_mask"]
+        for name in np.unique(table["asic"]).tolist():
+            own, asic = table[table["asic"] == name], name.decode("utf-8", "replace")
+            given: list[Any] = [[]] * len(own)
+            registers = ChipRegisters(asic) if asic in ASICS else None
+            if registers is not None and "channel_mask" in registers.addresses:
+                values = np.where(own["known"] & READ, own["read"], own["sent"])[:, : registers.count]
+                given = registers.values_by_name(values, ["channel_mask"])["channel_mask"]
             for row, mask in zip(own, given, strict=True):
                 key = int(row["io_group"]), int(row["io_channel"]), int(row["chip_id"])
                 masks[key] = np.asarray(mask, np.bool_)

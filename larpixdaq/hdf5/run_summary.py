@@ -26,7 +26,7 @@ from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import names
 from larpixdaq.hdf5.board_clocks import BoardClocks, Clock
 from larpixdaq.hdf5.ledger import OPEN, rows_made
-from larpixdaq.hdf5.reader import DataFile
+from larpixdaq.hdf5.reader import DataFile, may_be_written
 from larpixdaq.hdf5.recordings import chip_generation, copy_columns
 from larpixdaq.hdf5.run_report import judge_run, verdict_lines
 from larpixdaq.schema import Asic, PacketType
@@ -441,6 +441,9 @@ def _check_one_run(parts: list[_Part]) -> None:
     runs = sorted({int(part.info["run"]) for part in parts if part.own})
     if len(runs) > 1:
         raise FileError(f"files of runs {', '.join(map(str, runs))}: expected those of one run")
+    storages = sorted({(part.texts.get("storage") or [""])[-1] for part in parts if part.own})
+    if len(storages) > 1:
+        raise FileError(f"files of the storages {', '.join(storages)}, which are copies: expected those of one")
     for part in parts[1:]:
         if not part.own or not first.own:
             other = first if part.own else part
@@ -463,7 +466,12 @@ def _describe_run(summary: RunSummary, parts: list[_Part]) -> None:
     summary.begun = min(begun) / 1e9 if begun else None
     summary.ended = int(parts[-1].info["ended_ns"]) / 1e9 or None
     conditions = [part.info["condition"] for part in parts]
-    if RunCondition.RUNNING in conditions:
+    open_parts = [part.path for part in parts if part.info["condition"] == RunCondition.RUNNING]
+    dead = [path for path in open_parts if not (path.name.endswith(names.PART) and may_be_written(path))]
+    if dead:
+        summary.condition = RunCondition.INTERRUPTED
+        summary.reasons = [f"{path.name}: its storage died: larpixdaq recover finishes it" for path in dead]
+    elif open_parts:
         summary.condition = RunCondition.RUNNING
     elif len(parts) == 1:
         summary.condition = conditions[0]
@@ -472,7 +480,9 @@ def _describe_run(summary: RunSummary, parts: list[_Part]) -> None:
         report = judge_run(summary.run, [part.path for part in parts], whole=False)
         summary.condition, summary.reasons = str(report.condition), report.reasons
     numbers = [part.number for part in parts]
-    if numbers != list(range(len(numbers))):
+    if len(set(numbers)) < len(numbers):
+        summary.notes.append("several parts have the same number: blocks that are in two of them are counted twice")
+    elif numbers != list(range(len(numbers))):
         summary.notes.append(f"only part {', '.join(map(str, numbers))} of the run: others were not given")
     if summary.condition == RunCondition.CONTINUED:
         summary.notes.append("the run continues in further parts, which were not given")

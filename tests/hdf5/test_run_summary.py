@@ -185,6 +185,29 @@ def test_a_growing_file_is_running(tmp_path):
     assert closed.rows == 5 * 16_384
 
 
+def test_a_part_of_a_dead_writer(tmp_path):
+    file, feed = RunFile(tmp_path, run_info()), Feed()
+    for i in range(5):
+        file.add(*timed(*feed.block(random_rows(np.random.default_rng(3), 16_384)), i, i + 1))
+    file.abandon()
+    summary = summarise(file.path)
+    assert summary.condition == "INTERRUPTED"
+    assert summary.reasons == [f"{file.path.name}: its storage died: larpixdaq recover finishes it"]
+    assert summary.rows_read == summary.rows > 0
+
+
+def test_copies_of_two_storages_are_not_added_up(tmp_path):
+    paths = []
+    for storage in ("first", "second"):
+        file, feed = RunFile(tmp_path, run_info(storage=storage)), Feed()
+        file.set_text("storage", storage)
+        file.add(*feed.block(random_rows(np.random.default_rng(3), 100)))
+        file.end(feed.end())
+        paths.append(file.close().path)
+    with pytest.raises(FileError, match="files of the storages first, second, which are copies"):
+        summarise(paths)
+
+
 def test_losses_by_place(tmp_path):
     feed = Feed()
     file = RunFile(tmp_path, run_info())

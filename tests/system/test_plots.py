@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import h5py
+import msgspec
 import numpy as np
 import pytest
 import yaml
@@ -17,7 +18,7 @@ from processes import LIMIT, until
 
 from larpixdaq import cli, plots
 from larpixdaq.errors import FileError
-from larpixdaq.hardware import pixel_layout
+from larpixdaq.hardware import pixel_layout, register_map
 from larpixdaq.hdf5 import hot_channels
 from larpixdaq.hdf5.run_summary import summarise
 from larpixdaq.hdf5.writer import RunFile
@@ -337,6 +338,35 @@ def test_hot_and_dead_channels(good):
     assert "1 hot channels:" in out
     assert "above 100 packets/s" in out
     assert "silent since 2026-11-22 07:12:5" in out
+
+
+def test_masked_channels_and_silent_chips(tmp_path):
+    """Those of a run whose chips were configured: channel 9 of chip 1-3-12 is masked, channel 8 dead, 1-3-99 silent."""
+    feed, file = Feed(), RunFile(tmp_path, run_info(asic_version="2"))
+    chips = np.array([[1, 3, chip] for chip in (11, 12, 99)], np.uint8)
+    registers = register_map.ChipRegisters("2")
+    values = np.zeros((3, stream.REGISTERS), np.uint8)
+    values[:, : registers.count] = registers.defaults
+    mask = [0] * 64
+    mask[9] = 1
+    registers.change(values[1:2, : registers.count], {"channel_mask": mask})
+    known = np.full(values.shape, stream.SENT | stream.READ, np.uint8)
+    configs = stream.Configurations("2", chips, values, values, known)
+    info, rows = feed.info(configs.text())
+    file.add(msgspec.structs.replace(info, configs=configs.pack()), rows)
+    for piece in range(100):
+        rows = data_rows(1000, piece / 10, piece / 10 + 0.1, seed=piece)
+        quiet = (rows["chip_id"] == 12) & ((rows["channel_id"] == 8) | (rows["channel_id"] == 9))
+        rows["channel_id"][quiet] = 10
+        file.add(*timed(*feed.block(rows), piece / 10, piece / 10 + 0.1))
+    file.end(feed.end())
+    path = file.close().path
+    facts = json.loads(run("hot", path, "--dead", "--json")[1])
+    assert [dead["key"] for dead in facts["dead"]] == ["1-3-12-8"]
+    assert (facts["masked"], facts["silent_chips"]) == (1, ["1-3-99"])
+    out = run("hot", path, "--dead")[1]
+    assert "1 channels were masked" in out
+    assert "1 chips were configured and sent no data packet: 1-3-99" in out
 
 
 def test_chance_names_no_channel():
