@@ -432,20 +432,34 @@ class Publisher:
         for index in sorted(kept.union(wanted)):
             block = store.get(index)
             assert block is not None
-            if not self._send_block(subscriber, store, index, block, self.layout):
+            sent = self._send_block(subscriber, store, index, block, self.layout, at_once=index in kept)
+            if subscriber.route not in self.subscribers:
+                return
+            # A block that there is no time to pack comes in the next turn, unless it would then come after a kept one.
+            if not sent and index > max(kept, default=-1):
                 subscriber.cursors[store.epoch] = subscriber.unsent = index
                 break
-            subscriber.sent += index not in kept
+            subscriber.sent += sent and index not in kept
 
     def _send_block(
-        self, subscriber: Subscriber, store: BlockStore, index: int, block: StoredBlock, layout: int
+        self,
+        subscriber: Subscriber,
+        store: BlockStore,
+        index: int,
+        block: StoredBlock,
+        layout: int,
+        *,
+        at_once: bool = False,
     ) -> bool:
-        """Send a block. Returns False when it must be sent later, or the peer has disconnected."""
+        """Send a block. Returns False when this turn has no time left to pack it, or the peer has disconnected.
+
+        `at_once`: pack it in any case.
+        """
         payload = block.payload
         packed: tuple[bytes, bytes] | None = None
         rows = schema.layout(layout)
         if subscriber.packs and len(payload) >= MIN_ROWS * rows.dtype.itemsize:
-            packed = self._packer.pack(store.epoch, index, payload, rows, self._may_pack)
+            packed = self._packer.pack(store.epoch, index, payload, rows, lambda: at_once or self._may_pack())
             if packed is None:
                 self.unsent = True
                 return False

@@ -173,6 +173,37 @@ def test_two_storages_get_every_block_when_packing_takes_long(limit: float, monk
         assert not line.publisher.unsent
 
 
+def test_a_monitor_gets_messages_and_the_end_although_there_is_no_time_to_pack_all_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks that no storage needs are freed in the turn in which they were made; the monitor skips some of them."""
+    monkeypatch.setattr(publisher, "PACK_LIMIT", 0.0)
+    line, monitor = Line(), make_consumer("monitor", mode="latest")
+    try:
+        monitor.connect({"board": line.endpoint})
+        line.begin(required=())
+        until(line, lambda: any(s.packs for s in line.publisher.subscribers.values()), "the subscription")
+        reader = Reader(monitor)
+        long_text = "x" * schema.MESSAGE_BYTES * MIN_ROWS
+        for _ in range(2):
+            line.write(constants.BLOCK_ROWS)
+            line.write(constants.BLOCK_ROWS)
+            assert line.recorder.info(long_text)
+            line.work()
+            assert line.ring.tail == line.ring.head
+        line.write(constants.BLOCK_ROWS)
+        line.write(constants.BLOCK_ROWS)
+        end = line.end()
+        line.work()
+        until(line, reader.has(lambda r: r.ends), "the end record")
+        assert reader.ends == [end]
+        assert [block.text for block in reader.blocks if block.text] == [long_text] * 2
+        assert 1 <= sum(block.rows for block in reader.blocks if not block.text) < line.written
+    finally:
+        monitor.close()
+        line.close()
+
+
 def test_a_storage_that_subscribes_late_is_served_although_another_one_could_use_all_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
