@@ -17,7 +17,7 @@ from larpixdaq.cli.system import plain_console
 from larpixdaq.errors import ConfigError, NoCore, RequestError, UsageError, error_from_code, printable
 from larpixdaq.keys import credentials
 from larpixdaq.keys.credentials import Credentials
-from larpixdaq.keys.curve import dealer, new_pair
+from larpixdaq.keys.curve import Client, new_pair
 from larpixdaq.keys.key_store import MAX_OPEN, ROLES
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.control import MAX_REQUEST, Answer, Join, content, pack, unpack_core
@@ -249,16 +249,16 @@ def _ask(invitation: Credentials, message: Join) -> dict[str, Any]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         address, pair = invitation.address, invitation.pair
-        socket, handshakes = dealer(context, address, MAX_REQUEST, own=pair, server=invitation.server)
+        client = Client(context, address, MAX_REQUEST, own=pair, server=invitation.server)
         limit, sent = time.monotonic() + _LIMIT, False
         while time.monotonic() < limit:
-            if failure := handshakes.look():
+            if failure := client.look():
                 why = "does not know this invitation" if failure == "key" else "is not the one that made this token"
                 raise ConfigError(f"the core at {invitation.address} {why}: ask for a new invitation")
-            if not sent and socket.poll(50, zmq.POLLOUT):
-                socket.send(pack(message), zmq.NOBLOCK)
+            if not sent and client.socket.poll(50, zmq.POLLOUT):
+                client.socket.send(pack(message), zmq.NOBLOCK)
                 sent = True
-            if sent and socket.poll(50) and isinstance(answer := unpack_core(socket.recv()), Answer):
+            if sent and client.socket.poll(50) and isinstance(answer := unpack_core(client.receive()[0].bytes), Answer):
                 if answer.kind == "error":
                     raise error_from_code(answer.error, answer.text)
                 result: dict[str, Any] = content(answer)

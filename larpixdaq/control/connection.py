@@ -14,7 +14,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import zmq
@@ -23,7 +23,7 @@ from larpixdaq.constants import HEARTBEAT
 from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, ProtocolError
 from larpixdaq.keys import credentials
 from larpixdaq.keys.credentials import Credentials
-from larpixdaq.keys.curve import Handshakes, dealer
+from larpixdaq.keys.curve import Client
 from larpixdaq.protocol.control import (
     MAX_ANSWER,
     Answer,
@@ -108,8 +108,7 @@ class CoreConnection:
         self._beat_due = 0.0  # time.monotonic() of the next heartbeat
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
-        self._socket: zmq.Socket[bytes] | None = None
-        self._handshakes: Handshakes | None = None
+        self._client: Client | None = None
         self._key_due = 0.0  # time.monotonic() of the next look for the key
         self._failure = ""  # of the last handshakes, as Handshakes has it
         self._obstacle = ""  # why there was no connection at the last look
@@ -133,31 +132,29 @@ class CoreConnection:
         self._disconnect()
         pair = own.pair if own.server else None
         try:
-            socket, handshakes = dealer(self.context, self.core, MAX_ANSWER, own=pair, server=own.server)
+            self._client = Client(self.context, self.core, MAX_ANSWER, own=pair, server=own.server)
         except zmq.ZMQError as error:
             raise ConfigError(f"core address {self.core}: {error}") from None
-        socket.setsockopt(zmq.LINGER, 200)
-        self._poller.register(socket, zmq.POLLIN)
-        self._socket, self._handshakes, self.credentials = socket, handshakes, own
+        self._poller.register(self._client.socket, zmq.POLLIN)
+        self.credentials = own
 
     def _disconnect(self) -> None:
-        if self._socket is not None and self._handshakes is not None:
-            self._poller.unregister(self._socket)
-            self._handshakes.close()
-            self._socket.close()
-            self._socket = self._handshakes = None
+        if self._client is not None:
+            self._poller.unregister(self._client.socket)
+            self._client.close(linger=200)
+            self._client = None
 
     def _check_key(self) -> None:
         """Look for a new key while the core is not heard, and report why there is no connection."""
         now = time.monotonic()
-        failure = self._handshakes.look() if self._handshakes is not None else ""  # each turn: events must not wait
+        failure = self._client.look() if self._client is not None else ""  # each turn: events must not wait
         if now - self.heard < _KEY_INTERVAL and failure != "key":
             self._obstacle = ""
             return
         if now < self._key_due:
             return
         interval = _KEY_INTERVAL if self.heard else HEARTBEAT
-        self._key_due = now + (_KEY_RETRY if self._socket is None else interval)
+        self._key_due = now + (_KEY_RETRY if self._client is None else interval)
         if failure == "peer" and self._failure == "key":  # the connection was closed before the refusal was read
             failure = "key"
         previous, error, changed = self.credentials, "", False
@@ -169,20 +166,20 @@ class CoreConnection:
             own = found if changed or previous is None else previous
             if failure == "peer" and own is not None and own.next and not changed:
                 own = msgspec.structs.replace(own, server=own.next, next=own.server)
-            if own is not None and (self._socket is None or failure == "key" or own != previous):
+            if own is not None and (self._client is None or failure == "key" or own != previous):
                 self._connect(own)  # libzmq does not connect again after it was refused
         except (ConfigError, FileError) as problem:
             error = str(problem)
         self._failure = failure if previous == self.credentials else ""
-        if changed and self._socket is not None:
+        if changed and self._client is not None:
             return
         if now < self._obstacle_due and failure != "key":
             return
-        if not error and self._socket is None and credentials.listens(self.core):
+        if not error and self._client is None and credentials.listens(self.core):
             error = credentials.missing(self.core, self._component)
         elif not error and failure:
             error = credentials.refused(self.core, previous, failure)
-        if not error and self._socket is not None:
+        if not error and self._client is not None:
             return  # the handshake is not over
         self._obstacle_due = now + _KEY_INTERVAL
         # Reported when it lasts, because a core that starts listens before its connection file is there. A core that
@@ -309,10 +306,10 @@ class CoreConnection:
             if isinstance(message, Register | Open):  # it would be too large every time
                 self._refused(Answer(kind="error", error="malformed", text=str(error)))
             return True
-        if self._socket is None:
+        if self._client is None:
             return False
         try:
-            self._socket.send_multipart(split(data), zmq.NOBLOCK)
+            self._client.socket.send_multipart(split(data), zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True
@@ -327,13 +324,16 @@ class CoreConnection:
                 break
 
     def _receive_all(self) -> None:
-        for _ in range(1000 if self._socket is not None else 0):
-            assert self._socket is not None
+        for _ in range(1000 if self._client is not None else 0):
+            assert self._client is not None
             try:
-                data: Any = self._socket.recv(zmq.NOBLOCK)
+                frame, *more = self._client.receive()
             except zmq.Again:
                 return
+            data = frame.bytes
             try:
+                if more:
+                    raise ProtocolError("message from the core: expected 1 part, found more")
                 message = unpack_core(data)
             except ProtocolError as error:
                 _log.warning("%s", error)

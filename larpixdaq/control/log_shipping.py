@@ -15,6 +15,7 @@ from larpixdaq import config
 from larpixdaq.control.log_file import LogRecord
 from larpixdaq.errors import ProtocolError
 from larpixdaq.keys.curve import Handshakes, KeyPair, connect_with, new_pair
+from larpixdaq.keys.inflow import Inflow
 from larpixdaq.protocol.control import Endpoint
 from larpixdaq.runtime.timing import Throttle
 
@@ -28,6 +29,8 @@ RATE: Final = 2
 _RETRY: Final = 1.0
 #: Seconds for which records wait until this is reported.
 _REPORT_AFTER: Final = 5.0
+#: Maximum bytes of a message from the log, which has nothing to send beyond the handshake.
+_MAX_RECEIVED: Final = 1 << 10
 #: Maximum number of characters of a text; longer ones (tracebacks) are cut.
 MAX_TEXT: Final = 32 << 10
 _MAX_RECORD: Final = 256 << 10
@@ -185,6 +188,8 @@ class LogShipper(logging.Handler):
             # The socket takes records only while the log is connected, so that none wait in its queue.
             socket.setsockopt(zmq.IMMEDIATE, 1)
             socket.setsockopt(zmq.LINGER, 1000)
+            socket.setsockopt(zmq.RCVHWM, 1)
+            socket.setsockopt(zmq.MAXMSGSIZE, _MAX_RECEIVED)
             socket.setsockopt(zmq.RECONNECT_IVL, 100)
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
             if log.key:
@@ -192,7 +197,7 @@ class LogShipper(logging.Handler):
             socket.ipv6 = config.is_ipv6(log.address)
             # Records sent to a dead host would be lost. The limit is long, because a log whose disk hangs is not dead.
             config.close_dead_connections(socket, 10 * config.DEAD_CONNECTION)
-            handshakes = Handshakes(socket)
+            handshakes = Handshakes(socket, Inflow(log.address, _MAX_RECEIVED))
             socket.connect(log.address)
             self._socket, self._handshakes = socket, handshakes
         except zmq.ZMQError as error:

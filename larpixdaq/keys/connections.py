@@ -32,13 +32,13 @@ _PART: Final = 16
 #: Descriptors that are tried when they cannot be listed.
 _MANY: Final = 1 << 16
 #: Bytes of a message that has not ended, in addition to the longest one, above which its connection is closed.
-_UNFINISHED: Final = 1 << 20
+UNFINISHED: Final = 1 << 20
 #: Maximum processor seconds of a look for strangers.
 _LOOK_LIMIT: Final = 0.02
 #: Bytes that only an admitted peer gets: greeting 64, WELCOME 170, READY 52 or more. Others get ERROR, 14 at most.
 _ADMITTED_BYTES: Final = 260
 #: Places of tcpi_bytes_acked and tcpi_bytes_received in Linux' struct tcp_info.
-_BYTES: Final = struct.Struct("120xQQ")
+TCP_BYTES: Final = struct.Struct("120xQQ")
 _DESCRIPTORS: Final = "/proc/self/fd"
 
 
@@ -207,7 +207,7 @@ class Connections:
             start, suspect = before.get(peer, _Unfinished(0, False))
             if peer in heard:
                 start, suspect = seen.received, False
-            is_long = seen.received - start > self._longest + _UNFINISHED
+            is_long = seen.received - start > self._longest + UNFINISHED
             if is_long and suspect:
                 self._shut_down(seen.connection)
                 closed.append(keys.get(peer, ""))
@@ -225,7 +225,7 @@ class Connections:
                 continue
             try:
                 self._look_at(descriptor)
-                info = self._duplicate.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, _BYTES.size)
+                info = self._duplicate.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, TCP_BYTES.size)
                 if self._duplicate.getsockname()[1] not in ports:
                     continue
                 peer = self._duplicate.getpeername()
@@ -234,7 +234,7 @@ class Connections:
             finally:
                 self._look_away()
             # A system without these numbers does not tell strangers.
-            sent, received = _BYTES.unpack(info) if len(info) == _BYTES.size else (_ADMITTED_BYTES, 0)
+            sent, received = TCP_BYTES.unpack(info) if len(info) == TCP_BYTES.size else (_ADMITTED_BYTES, 0)
             yield _Seen(_Connection(descriptor, peer), sent >= _ADMITTED_BYTES, received)
 
     def _peer(self, descriptor: int) -> Any:

@@ -7,6 +7,7 @@ listening socket; without one it would accept every key.
 from __future__ import annotations
 
 import logging
+import struct
 import time
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
@@ -18,6 +19,7 @@ from larpixdaq import config
 from larpixdaq._native.zmq_batch import drop_rest
 from larpixdaq.errors import ProtocolError
 from larpixdaq.keys.connections import Connections
+from larpixdaq.keys.inflow import Inflow
 from larpixdaq.keys.peer_limits import PeerLimits
 
 _log = logging.getLogger("larpixdaq.keys")
@@ -34,6 +36,8 @@ _BACKLOG: Final = 1024
 _LOOK_INTERVAL: Final = 0.1
 #: Seconds between two looks for messages that are too long.
 _UNFINISHED_INTERVAL: Final = 0.5
+#: Event of a socket's monitor: its number, and its value, for CONNECTED a descriptor.
+_EVENT: Final = struct.Struct("=HI")
 
 
 class KeyPair(NamedTuple):
@@ -55,46 +59,8 @@ def connect_with(socket: zmq.Socket[Any], own: KeyPair, server: str) -> None:
     socket.curve_serverkey = server.encode()
 
 
-def dealer(
-    context: zmq.Context[zmq.Socket[bytes]],
-    address: str,
-    largest: int,
-    *,
-    own: KeyPair | None,
-    server: str,
-    queue: int = 1000,
-) -> tuple[zmq.Socket[bytes], Handshakes]:
-    """Return a DEALER socket that connects as soon as its peer listens. Raises zmq.ZMQError for an invalid address.
-
-    Its handshakes are watched from the first one on, because libzmq does not connect again after its key was refused.
-
-    Without a connection it takes no messages, so that a peer does not get minutes of old ones after a restart.
-    `largest`: maximum bytes of a message part from the peer. `own` and `server`: as for connect_with(); None and "":
-    without keys. `queue`: maximum messages from the peer that wait, 0 without limit.
-    """
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.IMMEDIATE, 1)
-    socket.setsockopt(zmq.RCVHWM, queue)
-    socket.setsockopt(zmq.MAXMSGSIZE, largest + _OVERHEAD)
-    socket.setsockopt(zmq.RECONNECT_IVL, 50)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-    socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # because the kernel's own waits grow while a network is down
-    config.close_dead_connections(socket, config.DEAD_CONNECTION)
-    handshakes = Handshakes(socket)
-    try:
-        if own is not None and server:
-            connect_with(socket, own, server)
-        socket.ipv6 = config.is_ipv6(address)
-        socket.connect(address)
-    except zmq.ZMQError:
-        handshakes.close()
-        socket.close(linger=0)
-        raise
-    return socket, handshakes
-
-
 def receive(socket: zmq.Socket[bytes], most: int) -> list[zmq.Frame]:
-    """Receive a message of a ROUTER or PULL without waiting; zmq.Again if there is none.
+    """Receive a message of any socket without waiting; zmq.Again if there is none.
 
     Of a message with more than `most` frames the first `most` + 1 are returned. The others are dropped, because a
     member may send a million empty ones in one message, and objects of them take the loop 2 s.
@@ -263,27 +229,101 @@ class Handshakes:
     """Tells why a connecting socket gets no connection: the other side refuses its key, or is no one it knows.
 
     To be made before connect(), so that no refusal is missed. look() must be called several times a minute, because
-    libzmq's thread waits when a thousand events wait.
+    libzmq's thread waits when a thousand events wait, and several times a second if it watches an `inflow` too.
     """
 
-    def __init__(self, socket: zmq.Socket[Any]) -> None:
+    def __init__(self, socket: zmq.Socket[Any], inflow: Inflow | None = None) -> None:
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-        events |= zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        events |= zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_CONNECTED
         self._socket = socket
+        self._inflow = inflow
         self._monitor = socket.get_monitor_socket(events)
         #: The last one failed: "key" (ours is refused), "peer" (the other side has another key, or none); "" else.
         self.failure = ""
 
     def look(self) -> str:
-        """Take in what has happened; returns `failure`."""
+        """Take in what has happened; returns `failure`. Closes the connection if too many bytes wait in it."""
         while self._monitor.poll(0):
-            event = int.from_bytes(self._monitor.recv_multipart()[0][:2], "little")
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            event, value = _EVENT.unpack_from(self._monitor.recv_multipart()[0])
+            if event == zmq.EVENT_CONNECTED:
+                if self._inflow is not None:
+                    self._inflow.connected(value)
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.failure = ""
             else:
                 self.failure = "key" if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH else "peer"
+        if self._inflow is not None:
+            self._inflow.look()
         return self.failure
 
     def close(self) -> None:
         self._socket.disable_monitor()
         self._monitor.close(0)
+
+
+class Client:
+    """A DEALER socket that connects as soon as its peer listens, with its handshakes and the bytes that come.
+
+    Without a connection it takes no messages, so that a peer does not get minutes of old ones after a restart. Raises
+    zmq.ZMQError for an invalid address.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        largest: int,
+        *,
+        own: KeyPair | None,
+        server: str,
+        parts: int = 1,
+        backlog: int = 0,
+    ) -> None:
+        """`largest`: maximum bytes of a part of a message from the peer, and `parts` their maximum number.
+
+        `own` and `server`: as for connect_with(); None and "": without keys. `backlog`: maximum bytes of messages that
+        wait, in place of 1,000 messages.
+        """
+        self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        self._parts = parts
+        self.socket.setsockopt(zmq.IMMEDIATE, 1)
+        self.socket.setsockopt(zmq.RCVHWM, 0 if backlog else 1000)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, largest + _OVERHEAD)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        self.socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # because the kernel's own waits grow while a network is down
+        config.close_dead_connections(self.socket, config.DEAD_CONNECTION)
+        self._inflow = Inflow(address, parts * largest, backlog=backlog, curve=bool(own is not None and server))
+        # Watched from the first handshake on, because libzmq does not connect again after its key was refused.
+        self._handshakes = Handshakes(self.socket, self._inflow)
+        try:
+            if own is not None and server:
+                connect_with(self.socket, own, server)
+            self.socket.ipv6 = config.is_ipv6(address)
+            self.socket.connect(address)
+        except zmq.ZMQError:
+            self.close(linger=0)
+            raise
+
+    def receive(self) -> list[zmq.Frame]:
+        """Receive a message without waiting; zmq.Again if there is none. One with too many parts has one part more."""
+        frames = receive(self.socket, self._parts)
+        self._inflow.took(*map(len, frames))
+        return frames
+
+    def look(self) -> str:
+        """Why there is no connection, as Handshakes.failure. To be called several times a second.
+
+        Closes the connection when too many bytes wait in it; it is made again by itself.
+        """
+        return self._handshakes.look()
+
+    @property
+    def was_closed(self) -> bool:
+        """Whether look() has closed a connection. Its whole messages still wait, until this Client is closed."""
+        return self._inflow.closed > 0
+
+    def close(self, linger: int) -> None:
+        """Close the socket, which sends waiting messages for at most `linger` milliseconds."""
+        self._handshakes.close()
+        self.socket.close(linger)

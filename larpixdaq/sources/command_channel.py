@@ -23,6 +23,9 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
+from larpixdaq.keys.curve import Handshakes, receive
+from larpixdaq.keys.inflow import Inflow
+
 #: Default TCP ports of a board's data and command servers.
 DATA_PORT: Final = 5556
 COMMAND_PORT: Final = 5555
@@ -32,6 +35,8 @@ LIMIT: Final = 2.0
 REVISIONS: Final = (2, 3, 4, 5)
 #: Maximum bytes of an answer: a PACMAN repeats every word of the request.
 _LARGEST_REPLY: Final = 2 << 20
+#: Maximum number of answers that wait, because a board sends one for each request.
+_WAITING_REPLIES: Final = 10
 #: Seconds between two lookups of a host.
 LOOKUP_INTERVAL: Final = 2.0
 #: Maximum seconds that the first lookup holds up its caller: names in /etc/hosts or in a resolver's cache take less.
@@ -127,6 +132,8 @@ class RequestChannel(Channel):
         self._port = port
         self._parse = parse
         self._socket: zmq.Socket[bytes] | None = None
+        self._handshakes: Handshakes | None = None
+        self._inflow = Inflow(self.name, _LARGEST_REPLY)
         self._context: zmq.Context[Any] | None = None
 
     def take(self) -> BoardReply | None:
@@ -137,17 +144,23 @@ class RequestChannel(Channel):
     def close(self) -> None:
         self.busy = False
         self.sockets = ()
-        if self._socket is not None:
+        if self._socket is not None and self._handshakes is not None:
+            self._handshakes.close()
             self._socket.close(linger=0)
-            self._socket = None
+            self._socket = self._handshakes = None
         if self._context is not None:
             self._context.term()
             self._context = None
 
+    def watch(self) -> None:
+        """Close the connection if a message of the board does not end. To be called several times a second."""
+        if self._handshakes is not None:
+            self._handshakes.look()
+
     def _receive(self) -> BoardReply | None:
         assert self._socket is not None
         try:
-            parts = self._socket.recv_multipart(zmq.DONTWAIT)
+            parts = [part.bytes for part in receive(self._socket, 2)]
         except zmq.Again:
             if time.monotonic() < self._deadline:
                 return None
@@ -157,8 +170,10 @@ class RequestChannel(Channel):
         except zmq.ZMQError as error:
             self.close()
             return self._failure(str(error))
+        self._inflow.took()
         if len(parts) != 2 or parts[0]:
-            return self._failure(f"expected an answer of one part, found {len(parts) - 1}")
+            found = "more" if len(parts) > 2 else len(parts) - 1
+            return self._failure(f"expected an answer of one part, found {found}")
         return self._parse(parts[1])
 
     def _request(self, message: bytes, seconds: float = 0.0) -> None:
@@ -176,6 +191,8 @@ class RequestChannel(Channel):
             self._socket.setsockopt(zmq.MAXMSGSIZE, _LARGEST_REPLY)
             self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
             self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+            self._socket.setsockopt(zmq.RCVHWM, _WAITING_REPLIES)
+            self._handshakes = Handshakes(self._socket, self._inflow)
             self._socket.connect(endpoint(host, self._port))
             self.sockets = (self._socket,)
         self._socket.send_multipart([b"", message], zmq.DONTWAIT)

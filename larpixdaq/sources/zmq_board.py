@@ -16,6 +16,7 @@ from zmq.utils.monitor import recv_monitor_message
 from larpixdaq._native.decoders import BernDecoder, PacmanDecoder
 from larpixdaq._native.zmq_batch import Receiver
 from larpixdaq.constants import Count
+from larpixdaq.keys.inflow import Inflow
 from larpixdaq.schema import NOTICES, RowLayout
 from larpixdaq.sources.command_channel import HostLookup, RequestChannel, endpoint
 from larpixdaq.sources.data_quality import BoardClock
@@ -46,7 +47,8 @@ KEEPALIVE = {
 RECONNECT_AFTER = 2.0
 
 _WATCHED = (
-    zmq.EVENT_DISCONNECTED
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_DISCONNECTED
     | zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -88,7 +90,7 @@ class BoardSource(LiveSource):
         self._context: zmq.Context[Any] | None = None
         self._last_message = 0.0  # or the time of open(); monotonic
         self._drained_at = -math.inf  # beginning of the last read() that left no message behind (monotonic)
-        self._events_at = 0.0
+        self._events_at = self._look_at = 0.0
         self._silent = False
         self._connected: bool | None = None
         self._not_zeromq = False
@@ -115,6 +117,7 @@ class BoardSource(LiveSource):
         self._batch = WAITING_BATCH if self.waits else BATCH
         self._receiver = Receiver(self._data, messages=self._batch)
         self._monitor = self._data.get_monitor_socket(_WATCHED)
+        self._inflow = Inflow(self.name, LARGEST_MESSAGE)
         self._endpoint = ""
         self._find_host()
         self.sockets = (self._data, self._monitor)
@@ -150,6 +153,8 @@ class BoardSource(LiveSource):
         oversized, oversized_bytes = receiver.oversized, receiver.oversized_bytes
         began = time.monotonic()
         n = receiver.receive()
+        if n or receiver.oversized_bytes != oversized_bytes:
+            self._inflow.took()
         self.drained = receiver.emptied and n < self._batch // 2
         now = time.monotonic()
         since = self._drained_at
@@ -214,7 +219,10 @@ class BoardSource(LiveSource):
     def _take_events(self, now: float, since: float | None = None) -> None:
         """Handle events of the connection. `since`: it was in order then, because messages arrive (monotonic)."""
         self._events_at = now
-        for event in self._events():
+        for event, value in self._events():
+            if event == zmq.EVENT_CONNECTED:
+                self._inflow.connected(value)
+                continue
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 if self._connected is False:
                     self._problem("connected again")
@@ -233,10 +241,17 @@ class BoardSource(LiveSource):
             elif not self._not_zeromq:
                 self._problem("the program at this address does not speak ZeroMQ as a board does")
                 self._not_zeromq = True
+        if now >= self._look_at:
+            self._look_at = now + EVENTS_INTERVAL
+            self._inflow.look()
+            for channel in self.channels:
+                channel.watch()
 
-    def _events(self) -> Iterator[int]:
+    def _events(self) -> Iterator[tuple[int, int]]:
+        """The events of the connection, each with its value."""
         while True:
             try:
-                yield recv_monitor_message(self._monitor, zmq.DONTWAIT)["event"]
+                found = recv_monitor_message(self._monitor, zmq.DONTWAIT)
             except zmq.Again:
                 return
+            yield found["event"], found["value"]

@@ -1,7 +1,8 @@
 """The consumers' side of the stream: a thread with a DEALER to each producer.
 
 The thread receives, renews subscriptions and repeats the last ACK or CREDIT, even while the process's own loop is busy.
-The received frames wait in a queue, whose size the producers' windows limit.
+The received frames wait in a queue, whose size the producers' windows limit. From a producer that exceeds its window
+nothing more is received for now, and its connection is closed when too much waits there.
 
 A process that has stalled may have been taken for dead, and another one started under its name. So it sends nothing to
 producers until the core has confirmed that the name is still its own, or has been silent for NO_CORE seconds.
@@ -15,7 +16,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Protocol
@@ -27,7 +28,7 @@ from larpixdaq._native.ring_buffer import Reader
 from larpixdaq.buffer import ring_file
 from larpixdaq.constants import NO_CORE
 from larpixdaq.errors import ProtocolError, RingError
-from larpixdaq.keys.curve import KeyPair, dealer, new_pair
+from larpixdaq.keys.curve import Client, KeyPair, new_pair
 from larpixdaq.protocol.control import Endpoint
 from larpixdaq.protocol.packed_rows import PackedRows
 from larpixdaq.protocol.stream import (
@@ -73,6 +74,11 @@ REST: Final = 20
 CREDIT, RING_CREDIT = 2, 32
 #: Seconds between two attempts to connect to a producer that refuses the key.
 KEY_INTERVAL: Final = 1.0
+#: Maximum bytes from a producer that wait for the stream's thread, and of those that wait for the process's loop. The
+#: window is smaller; INFO texts and end records do not count in it.
+MAX_WAITING: Final = 64 << 20
+#: Maximum seconds for which the thread receives from one producer before it turns to the others.
+RECEIVE_LIMIT: Final = 0.02
 #: Seconds between two turns of a loop after which the process may have been taken for dead: for the core it is lost
 #: after 1 s without a heartbeat.
 STALL_LIMIT: Final = 0.8
@@ -117,7 +123,10 @@ class Consumer:
         self._session_check = SessionCheck(core, clock)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._connections: dict[str, ProducerConnection] = {}
-        self._queue: deque[_Queued] = deque()
+        self._queue: deque[tuple[_Queued, int]] = deque()  # with the bytes of the message
+        #: Producer -> bytes of all messages that the thread has put into the queue, and that the loop has taken.
+        self._queued: Counter[str] = Counter()
+        self._taken: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._endpoints: dict[str, Endpoint] | None = None
         self._acks: dict[str, dict[tuple[int, int], int]] = {}
@@ -169,7 +178,11 @@ class Consumer:
                 self._arrived.clear()  # before the second look at the queue, because a frame may have come meanwhile
                 if not self._queue:
                     break
-            name, frame, payload, packed = self._queue.popleft()
+            (name, frame, payload, packed), size = self._queue.popleft()
+            was_full = self._is_full(name)
+            self._taken[name] += size
+            if was_full and not self._is_full(name):
+                self._waker.wake()
             if not isinstance(payload, RingRows):
                 return name, frame, payload, packed
             rows = payload.read()
@@ -260,6 +273,7 @@ class Consumer:
                     connection.end_subscription()
                     connection.hello_at, connection.send_rows = 0.0, self._send_rows
                 self._queue.clear()
+                self._queued = self._taken.copy()  # the loop takes nothing meanwhile
                 self._resubscribe = self._send_rows = False
         if endpoints is not None:
             for connection in list(self._connections.values()):
@@ -295,13 +309,20 @@ class Consumer:
 
     def _drop(self, connection: ProducerConnection) -> None:
         del self._connections[connection.name]
-        self._poller.unregister(connection.socket)
+        self._poller.register(connection.socket, 0)
         connection.send(Bye())
         connection.close()
 
+    def _reopen(self, connection: ProducerConnection) -> None:
+        self._drop(connection)
+        self._open(connection.name, connection.endpoint)
+        if connection.name in self._connections:  # one line, however often it is tried
+            self._connections[connection.name].last_warning = connection.last_warning
+
     def _receive(self, connection: ProducerConnection) -> None:
         arrived = False
-        while not connection.socket.closed:
+        until = self._clock() + RECEIVE_LIMIT
+        while not connection.socket.closed and not self._is_full(connection.name):
             try:
                 received = connection.receive()
                 if received is None:
@@ -309,16 +330,26 @@ class Consumer:
                 arrived |= self._frame(connection, *received)
             except ProtocolError as error:
                 self._warn(connection, str(error))
+            if self._clock() > until:
+                break
         if arrived:
             self._arrived.wake()
+        if not connection.socket.closed:
+            self._poller.register(connection.socket, 0 if self._is_full(connection.name) else zmq.POLLIN)
+
+    def _is_full(self, producer: str) -> bool:
+        """Whether so much of a producer waits for the process's loop that nothing is received from it."""
+        return self._queued[producer] - self._taken[producer] > MAX_WAITING
 
     def _frame(
         self,
         connection: ProducerConnection,
+        size: int,
         frame: FromProducer,
         payload: memoryview | RingRows | None,
         packed: PackedRows | None,
     ) -> bool:
+        """Handle a message of `size` bytes. Returns whether it was put into the queue."""
         if isinstance(frame, Welcome):
             if frame.producer != connection.name:  # another producer listens at this address now
                 self._drop(connection)
@@ -346,7 +377,8 @@ class Consumer:
             if isinstance(frame, Block) and payload is None and packed is None:
                 self._report_missing_rows(connection, frame)
                 return False
-        self._queue.append((connection.name, frame, payload, packed))
+        self._queued[connection.name] += size
+        self._queue.append(((connection.name, frame, payload, packed), size))
         return True
 
     def _report_missing_rows(self, connection: ProducerConnection, block: Block) -> None:
@@ -366,17 +398,18 @@ class Consumer:
             return
         now = self._clock()
         refused = connection.key_refused()  # each time, so that libzmq's events never wait
+        if connection.exceeds:
+            self._reopen(connection)
+            return
         if refused and not connection.subscribed and now >= connection.opened_at + KEY_INTERVAL:
             # libzmq does not connect again after that, and the producer may know the key by now.
             self._warn(connection, f"{connection.name} refuses the key of {self.name}; trying again")
-            self._drop(connection)
-            self._open(connection.name, connection.endpoint)
-            if connection.name in self._connections:  # one line, however often it is tried
-                self._connections[connection.name].last_warning = connection.last_warning
+            self._reopen(connection)
             return
         if not connection.subscribed:
             # Not before the socket is connected, and then at once, not after HELLO_INTERVAL.
             can_send = now >= connection.hello_at and not self._superseded(connection)
+            can_send = can_send and not self._is_full(connection.name)
             if can_send and connection.socket.poll(0, zmq.POLLOUT):
                 connection.credit = CREDIT
                 connection.acks.clear()
@@ -454,17 +487,21 @@ class ProducerConnection:
         self.send_rows = False  # in the next subscription the producer must send the rows
         if endpoint.key and own is None:  # the core uses no keys, and so the producer admits any
             own = new_pair()
-        # No limit for waiting messages, because the producer's window is one.
         address, server = endpoint.address, endpoint.key
-        self.socket, self._handshakes = dealer(context, address, MAX_HEADER, own=own, server=server, queue=0)
+        self._client = Client(context, address, MAX_HEADER, own=own, server=server, parts=3, backlog=MAX_WAITING)
+        self.socket = self._client.socket
 
     def key_refused(self) -> bool:
-        """Whether the producer has refused the key."""
-        return self._handshakes.look() == "key"
+        """Whether the producer has refused the key. To be called several times a second."""
+        return self._client.look() == "key"
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether the producer has sent more than may wait, so that the connection was closed and must be made anew."""
+        return self._client.was_closed
 
     def close(self) -> None:
-        self._handshakes.close()
-        self.socket.close(linger=100)
+        self._client.close(linger=100)
 
     def send(self, frame: FromConsumer) -> bool:
         try:
@@ -491,45 +528,50 @@ class ProducerConnection:
         self.subscribed = False
         self._ring = None
 
-    def receive(self) -> tuple[FromProducer, memoryview | RingRows | None, PackedRows | None] | None:
+    def receive(self) -> tuple[int, FromProducer, memoryview | RingRows | None, PackedRows | None] | None:
         """Return the next frame, with a block's rows or packed rows (as in Received) or neither if they are not
-        available; None without a frame.
+        available, and before it the bytes of its message and of rows that were read elsewhere; None without a message.
 
-        ProtocolError for an invalid frame, which is discarded.
+        ProtocolError for an invalid message, which is discarded.
         """
         try:
-            header, *parts = (part.buffer for part in self.socket.recv_multipart(zmq.NOBLOCK, copy=False))
+            header, *parts = (part.buffer for part in self._client.receive())
         except zmq.Again:
             return None
+        if len(parts) > 2:
+            raise ProtocolError(f"stream frame from {self.name}: expected at most 3 parts, found more")
+        size = len(header) + sum(map(len, parts))
         frame = unpack_producer(header, self.name)
         payload: memoryview | RingRows | None = parts[0] if parts else None
         if len(parts) > 1 and isinstance(frame, Block):
             if len(parts[0]):
-                return self._unpack(frame, parts[0], parts[1])
+                payload, packed = self._unpack(frame, parts[0], parts[1])
+                return size + (0 if payload is None else len(payload)), frame, payload, packed
             if len(parts[1]) != 8:
                 raise ProtocolError(
                     f"block from {self.name}: its place in the ring has {len(parts[1])} bytes, expected 8"
                 )
             payload = self._read_ring(parts[1]) if self.subscribed and frame.epoch == self.epoch else None
-        return frame, payload, None
+            size += 0 if payload is None else len(payload)
+        return size, frame, payload, None
 
     def _unpack(
         self, block: Block, data: memoryview, description: memoryview
-    ) -> tuple[Block, memoryview | None, PackedRows | None]:
+    ) -> tuple[memoryview | None, PackedRows | None]:
         """Unpack the rows of a block, if they are not to fill a chunk of a file.
 
         Damaged rows count as not available, so that they are requested again.
         """
         if not self.subscribed:
-            return block, None, None
+            return None, None
         try:
             packed = PackedRows.parse(data, description, block.rows)
             if self._keeps and block.rows == schema.CHUNK_ROWS:
-                return block, None, packed
-            return block, packed.unpack(block.rows, schema.layout(block.layout)).data.cast("B"), None
+                return None, packed
+            return packed.unpack(block.rows, schema.layout(block.layout)).data.cast("B"), None
         except ProtocolError as error:
             log.warning("block %d of run %d from %s: %s", block.sequence, block.run, self.name, error)
-            return block, None, None
+            return None, None
 
     def map_ring(self, welcome: Welcome) -> bool:
         """Read rows in the producer's ring from now on, if that is on this host; otherwise they are sent, and packed if

@@ -206,8 +206,21 @@ def test_every_socket_that_receives_has_a_limit():
     """Without a limit, libzmq allocates memory for a message of any size."""
     for path in Path(larpixdaq.__file__).parent.rglob("*.py"):
         text = path.read_text()
-        kinds = set(re.findall(r"\.socket\(zmq\.(\w+)\)", text)) - {"PUSH"}
+        kinds = set(re.findall(r"\.socket\(zmq\.(\w+)\)", text))
         assert not kinds or "zmq.MAXMSGSIZE" in text, (path, kinds)
+
+
+def test_messages_are_received_in_one_place():
+    """keys/curve.py limits their parts and bytes. The others read sockets of child processes, and the emulator's."""
+    package = Path(larpixdaq.__file__).parent
+    found = [path for path in package.rglob("*.py") if re.search(r"\.recv(_\w+)?\(", path.read_text())]
+    assert {str(path.relative_to(package)) for path in found} == {
+        "keys/curve.py",
+        "runtime/child_process.py",
+        "hardware/child.py",
+        "sources/io_class_child.py",
+        "emulators/board.py",
+    }
 
 
 def test_size_is_limited():

@@ -93,7 +93,7 @@ def test_invalid_addresses_of_the_core():
 def test_the_connection_to_the_core_uses_no_heartbeats_of_libzmq(running):
     """These heartbeats abort the process if the core dies while the queue is full."""
     node = Node("n", "log", running.address, {}, info={})
-    assert node._link._socket.get(zmq.HEARTBEAT_IVL) == 0
+    assert node._link._client.socket.get(zmq.HEARTBEAT_IVL) == 0
     node.close()
 
 

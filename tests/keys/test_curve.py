@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import zmq
 from processes import LIMIT, until
-from raw_sockets import Context
+from raw_sockets import Context, zmtp, zmtp_greeting
 
 from larpixdaq.errors import ProtocolError
 from larpixdaq.keys import connections, curve
@@ -257,23 +257,17 @@ def test_whose_the_frames_of_a_socket_without_routes_are(contexts, few):
     assert [known.is_open(route) for route in known._known] == [True] * 4
 
 
-def zmtp(body: bytes, flags: int) -> bytes:
-    """A frame of ZMTP 3.1."""
-    return bytes([flags | 2]) + len(body).to_bytes(8, "big") + body
-
-
 @pytest.mark.parametrize("has_spoken", [True, False])
 def test_a_message_without_end_is_cut_off(contexts, monkeypatch, has_spoken):
     """Without libzmq at the sending side, because that sends a message when its last part is there."""
-    monkeypatch.setattr(connections, "_UNFINISHED", 100_000)
+    monkeypatch.setattr(connections, "UNFINISHED", 100_000)
     router = contexts[0].socket(zmq.ROUTER)
     router.bind("tcp://127.0.0.1:*")
     host, port = router.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://").split(":")
     with contextlib.closing(Connections()) as found, socket.create_connection((host, int(port))) as member:
         found.watch(router, LARGEST)
-        ready = zmtp(b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER", 4)
         member.settimeout(LIMIT)
-        member.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x01NULL" + bytes(48) + ready)
+        member.sendall(zmtp_greeting(b"DEALER"))
         until(lambda: b"Socket-Type" in member.recv(1000), "the handshake")
 
         def speak() -> None:
