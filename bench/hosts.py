@@ -36,7 +36,7 @@ KINDS = {
 #: Makes consumers neither read rings nor ask for packed rows. Python runs it at the start of each process.
 UNPACKED = """\
 from larpixdaq.stream import subscriber
-subscriber.ProducerConnection.map_ring = lambda connection, welcome: None
+subscriber.ProducerConnection._map_or_pack = lambda connection, welcome: ""
 """
 #: Label of the storage in the names of its files.
 LABEL = NAMES["offline_storage"].replace(" ", "-")

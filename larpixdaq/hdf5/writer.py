@@ -161,8 +161,8 @@ class RunFile:
         self._messages = 0
         #: Producer -> chunks that may be written before the next one whose rows are checked.
         self._may_follow: dict[str, int] = {}
-        #: Whether packed rows were damaged although their checksum is right, so that the part cannot go on.
-        self.has_damaged_chunk = False
+        #: The producer whose packed rows were damaged although their checksum is right, so that the part cannot go on.
+        self.damaged_by = ""
         self._damaged: list[str] = []  # damage that recovery found in this part, one line each
         #: Why the file cannot be written any more; empty while it can.
         self.failed = ""
@@ -355,7 +355,7 @@ class RunFile:
                         check_content(entry.frame, pieces, self.info.layout)
                     records.append((stream.pack(entry.frame), pieces))
             except ChecksumError as error:
-                self.has_damaged_chunk = True
+                self.damaged_by = entry.frame.producer
                 self.failed = f"cannot be written any more: {error}"
                 raise FileError(f"{self.path} {self.failed}") from None
             self._try(lambda: self._journal.append(records))

@@ -23,6 +23,9 @@ from larpixdaq.runtime.record_file import crc32, zlib_library
 
 #: Minimum rows of a packed block. The codes of fewer rows take more room than they save.
 MIN_ROWS: Final = 64
+#: Seconds for which the rows of a producer are taken plain, or unpacked before they are stored, after packed rows of it
+#: were damaged, or rows in its ring overwritten.
+PLAIN_ROWS: Final = 60.0
 #: Maximum number of packed blocks that are kept for further subscribers.
 _KEPT: Final = 32
 #: Bytes of the largest row, and maximum bytes that packing adds to rows that it cannot make smaller.

@@ -22,7 +22,7 @@ from larpixdaq.errors import ChecksumError, FileError, LarpixDaqError, RequestEr
 from larpixdaq.hdf5 import names, tables
 from larpixdaq.hdf5.run_report import SUPERSEDED, RunReport, positions, survey_run
 from larpixdaq.hdf5.tables import RunInfo
-from larpixdaq.protocol.packed_rows import PackedRows
+from larpixdaq.protocol.packed_rows import PLAIN_ROWS, PackedRows
 from larpixdaq.protocol.reports import Comment, StorageEnd, StorageReady, StorageStatus
 from larpixdaq.protocol.stream import Block, BlockOrigin, ConnectedBoard, End, FromProducer, Position
 from larpixdaq.storage import open_run
@@ -92,7 +92,7 @@ class StorageService:
         self._resend = self._resend_rows = False  # report_to() requests blocks again; with their rows, not in a ring
         self._requested: set[tuple[BlockOrigin, int]] = set()  # blocks of open runs whose rows were requested again
         self._runs_with_positions: set[int] = set()  # runs whose earlier files _positions counts
-        self._takes_packed = True  # until packed rows turn out to be damaged although their checksum is right
+        self._mistrusted: dict[str, float] = {}  # producer -> until when (monotonic) its packed rows are unpacked
         self._refused_frames = False  # whether blocks were refused because too many runs were not announced
         self._asked: list[tuple[int, Call, float]] = []  # run, the call that awaits its verdict, limit (monotonic)
 
@@ -179,7 +179,7 @@ class StorageService:
             if isinstance(frame, Block):
                 layout = schema.layout(frame.layout)
                 rows = None if payload is None else np.frombuffer(payload, layout.dtype)
-                if packed is not None and not self._takes_packed:
+                if packed is not None and self._mistrusts(producer):
                     rows, packed = packed.unpack(frame.rows, layout), None
                 run.file.add(frame, rows, packed)
                 run.unacknowledged += frame.rows * layout.dtype.itemsize
@@ -194,6 +194,15 @@ class StorageService:
             self._request_again(frame, error)
         except (LarpixDaqError, ValueError) as error:
             log.error("run %d, %s: %s", frame.run, producer, error)
+
+    def _mistrusts(self, producer: str) -> bool:
+        """Whether packed rows of a producer are unpacked before they are stored, because some were damaged."""
+        until = self._mistrusted.get(producer)
+        if until is None or time.monotonic() < until:
+            return until is not None
+        del self._mistrusted[producer]
+        log.info("packed rows of %s are stored as they come again", producer)
+        return False
 
     def _request_again(self, block: Block, error: ChecksumError) -> None:
         """Request a block again whose rows do not fit its CRC-32. If they do not fit again, the block is missing.
@@ -289,8 +298,9 @@ class StorageService:
     def _fail(self, run: OpenRun, error: FileError) -> None:
         """Give up the open part, because the disk refuses. Acknowledged blocks are recovered; others are sent again."""
         self._acknowledge_durable(run)
-        if run.file is not None and run.file.has_damaged_chunk:
-            self._takes_packed = False
+        if run.file is not None and (producer := run.file.damaged_by):
+            log.warning("packed rows of %s are unpacked before they are stored for %g s", producer, PLAIN_ROWS)
+            self._mistrusted[producer] = time.monotonic() + PLAIN_ROWS
         broken = run.fail(error)
         if broken is not None:
             self.finisher.queue_recovery(broken)

@@ -30,7 +30,7 @@ from larpixdaq.constants import NO_CORE
 from larpixdaq.errors import ProtocolError, RingError
 from larpixdaq.keys.curve import Client, KeyPair, new_pair
 from larpixdaq.protocol.control import Endpoint
-from larpixdaq.protocol.packed_rows import PackedRows
+from larpixdaq.protocol.packed_rows import PLAIN_ROWS, PackedRows
 from larpixdaq.protocol.stream import (
     MAX_HEADER,
     MAX_POSITIONS,
@@ -356,9 +356,7 @@ class Consumer:
                 return False
             connection.subscribed, connection.epoch = True, frame.epoch
             connection.last_warning = ""
-            if connection.map_ring(frame) and self.mode == "latest":
-                connection.credit += RING_CREDIT - CREDIT
-                connection.repeat_at = 0.0
+            connection.begin_rows(frame, self._clock())
         elif isinstance(frame, Refused):
             connection.end_subscription()
             if frame.reason == "hello":
@@ -397,6 +395,7 @@ class Consumer:
         if not self._session_check.may_act():
             return
         now = self._clock()
+        connection.end_plain_rows(now)
         refused = connection.key_refused()  # each time, so that libzmq's events never wait
         if connection.exceeds:
             self._reopen(connection)
@@ -484,7 +483,8 @@ class ProducerConnection:
         self.superseded: tuple[str, float] | None = None
         self._keeps = keeps
         self._ring: Reader | None = None  # the producer's, if it is on this host
-        self.send_rows = False  # in the next subscription the producer must send the rows
+        self.send_rows = False  # the next subscription begins with plain rows, which the producer must send
+        self._plain: tuple[Welcome, float] | None = None  # until when (monotonic) this subscription has plain rows
         if endpoint.key and own is None:  # the core uses no keys, and so the producer admits any
             own = new_pair()
         address, server = endpoint.address, endpoint.key
@@ -526,7 +526,7 @@ class ProducerConnection:
     def end_subscription(self) -> None:
         """Note that there is no subscription. Unmap the ring, so that an ended producer's memory is given back."""
         self.subscribed = False
-        self._ring = None
+        self._ring = self._plain = None
 
     def receive(self) -> tuple[int, FromProducer, memoryview | RingRows | None, PackedRows | None] | None:
         """Return the next frame, with a block's rows or packed rows (as in Received) or neither if they are not
@@ -546,13 +546,13 @@ class ProducerConnection:
         if len(parts) > 1 and isinstance(frame, Block):
             if len(parts[0]):
                 payload, packed = self._unpack(frame, parts[0], parts[1])
-                return size + (0 if payload is None else len(payload)), frame, payload, packed
+                return size + _bytes(payload), frame, payload, packed
             if len(parts[1]) != 8:
                 raise ProtocolError(
                     f"block from {self.name}: its place in the ring has {len(parts[1])} bytes, expected 8"
                 )
             payload = self._read_ring(parts[1]) if self.subscribed and frame.epoch == self.epoch else None
-            size += 0 if payload is None else len(payload)
+            size += _bytes(payload)
         return size, frame, payload, None
 
     def _unpack(
@@ -573,21 +573,38 @@ class ProducerConnection:
             log.warning("block %d of run %d from %s: %s", block.sequence, block.run, self.name, error)
             return None, None
 
-    def map_ring(self, welcome: Welcome) -> bool:
+    def begin_rows(self, welcome: Welcome, now: float) -> None:
+        """Say how a new subscription gets the rows: plain for PLAIN_ROWS seconds if it must, and otherwise as best."""
+        self._ring = self._plain = None
+        if self.send_rows:
+            self.send_rows, self._plain = False, (welcome, now + PLAIN_ROWS)
+            log.warning("%s sends plain rows for %g s", self.name, PLAIN_ROWS)
+        else:
+            self._map_or_pack(welcome)
+
+    def end_plain_rows(self, now: float) -> None:
+        """Ask for packed rows, or read the ring, again when PLAIN_ROWS seconds are over."""
+        if self._plain is not None and now >= self._plain[1]:
+            welcome, self._plain = self._plain[0], None
+            if how := self._map_or_pack(welcome):
+                log.info("rows of %s come %s again", self.name, how)
+
+    def _map_or_pack(self, welcome: Welcome) -> str:
         """Read rows in the producer's ring from now on, if that is on this host; otherwise they are sent, and packed if
-        the producer can do that. Returns whether they are read in the ring."""
-        self._ring = None
-        send_rows, self.send_rows = self.send_rows, False
-        if send_rows:
-            return False
+        the producer can do that. Returns how they come, "" for plain rows."""
         if welcome.ring:
             with contextlib.suppress(RingError):
                 self._ring = ring_file.open_reader(Path(welcome.ring), welcome.producer, welcome.epoch)
         if self._ring is not None:
             self.send(Maps(welcome.epoch))
-        elif welcome.packs:
+            if not self._keeps:
+                self.credit += RING_CREDIT - CREDIT
+                self.repeat_at = 0.0
+            return "out of its ring"
+        if welcome.packs:
             self.send(Packs())
-        return self._ring is not None
+            return "packed"
+        return ""
 
     def _read_ring(self, place: memoryview) -> memoryview | RingRows | None:
         """Return a block's rows in the ring, which may be overwritten unless they are kept for this consumer; None when
@@ -636,3 +653,8 @@ class SessionCheck:
         if self._core.confirmed > self._resumed_at or now - max(self._resumed_at, self._core.heard) > NO_CORE:
             self._resumed_at = None
         return self._resumed_at is None
+
+
+def _bytes(payload: memoryview | RingRows | None) -> int:
+    """Return the bytes of rows that were received or may be read; rows that are read later count as none."""
+    return len(payload) if isinstance(payload, memoryview) else 0

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from example_counts import examples
 from file_builder import CLOCK64, NS, V1, V2, V3, Feed, random_rows, run_info, words_to_rows, write
+from file_builder import packed_rows as packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import wait_for_line
 
 from larpixdaq import constants, schema
-from larpixdaq._native import hdf5_chunks
 from larpixdaq.errors import ChecksumError, FileError, ProtocolError
 from larpixdaq.hdf5 import layout, names, writer
 from larpixdaq.hdf5.chunk_writer import BATCH_ROWS
@@ -35,20 +35,11 @@ from larpixdaq.hdf5.run_report import file_info, positions
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.hdf5.writer import CHECKED_CHUNKS, WAIT, RunFile
 from larpixdaq.protocol import stream
-from larpixdaq.protocol.packed_rows import PackedRows, new_tally
 
 NAME = "run0000042_20261122T071251Z"
 
 
 POOL = {row_layout: random_rows(np.random.default_rng(3), 40_000, row_layout) for row_layout in schema.LAYOUTS}
-
-
-def packed(rows, row_layout=V2):
-    """Pack rows like a chunk, by zlib, so that the packed rows are known from those of the writer."""
-    counts = new_tally()
-    hdf5_chunks.tally(rows.view(np.uint8), row_layout.code, counts)
-    data = zlib.compress(rows.view(np.uint8).reshape(len(rows), -1).T.tobytes(), 1)
-    return PackedRows(memoryview(data), zlib.crc32(data), zlib.crc32(rows.view(np.uint8)), counts)
 
 
 steps = st.lists(
@@ -174,7 +165,7 @@ def test_damaged_packed_rows_are_never_acknowledged(tmp_path, content):
     file.add(block, None, right._replace(data=data, crc32=zlib.crc32(data), rows_crc32=block.crc32))
     with pytest.raises(FileError, match="packed rows: Error" if content == "no rows" else "expected CRC-32"):
         file.work(pressed=True)
-    assert file.has_damaged_chunk
+    assert file.damaged_by == feed.origin.producer
     assert file.durable[feed.origin] == 2
     file.give_up()
     report = recover(file.path)

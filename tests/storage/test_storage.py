@@ -7,6 +7,7 @@ import hashlib
 import json
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from file_builder import NS, Feed, random_rows
+from file_builder import NS, Feed, packed_rows, random_rows
 from processes import LIMIT, until
 
+from larpixdaq import schema
 from larpixdaq.errors import FileError, StateError
 from larpixdaq.hdf5.recovery import recover
 from larpixdaq.hdf5.run_report import file_info
 from larpixdaq.hdf5.verify import verify
+from larpixdaq.protocol.packed_rows import PackedRows
 from larpixdaq.protocol.stream import BlockOrigin
 from larpixdaq.runtime import file_access
 from larpixdaq.storage import finisher, open_run
@@ -159,6 +162,45 @@ def test_rows_with_a_wrong_checksum_are_requested_again_once(rigs: Callable[...,
     assert found.ok == (times == 1), found.findings
     if times == 2:
         assert any("missing" in line for line in found.findings), found.findings
+
+
+def test_packed_rows_are_unpacked_for_a_while_after_damaged_ones(
+    rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Checksums that are right although the packed rows are not those of the block: a mistake of the producer."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(open_run, "RETRY_DELAY", 0.05)
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    blocks = [feed.block(rows(schema.CHUNK_ROWS)) for _ in range(4)]
+    right = [packed_rows(made) for _, made in blocks]
+    nonsense = memoryview(bytes(1000))
+    wrong = [packed._replace(data=nonsense, crc32=zlib.crc32(nonsense)) for packed in right]
+
+    def take(number: int, packed: PackedRows) -> None:
+        rig.storage.receive("LArPix board", blocks[number][0], None, packed)
+        rig.storage.report_to(rig.stream)
+
+    take(0, right[0])
+    rig.until(lambda: rig.stream.next == {feed.origin: 1}, "the first block")
+    take(1, wrong[1])  # not unpacked before the journal needs it
+    run = rig.storage._runs[RUN]
+    rig.until(lambda: run.failure, "the damaged chunk to be found")
+    assert "packed rows of LArPix board are unpacked before they are stored for 60 s" in caplog.text
+    rig.until(lambda: run.file is not None, "the next part")
+    take(1, right[1])
+    before = len(rig.stream.resubscribed_at)
+    take(2, wrong[2])
+    assert len(rig.stream.resubscribed_at) == before + 1, "it is found at once, and requested again"
+    assert "as they come again" not in caplog.text
+    rig.storage._mistrusted["LArPix board"] = 0.0  # monotonic
+    take(2, right[2])
+    take(3, right[3])
+    assert "packed rows of LArPix board are stored as they come again" in caplog.text
+    rig.take(feed.end())
+    ended = rig.end(4).value
+    assert (ended["condition"], ended["rows"]) == ("COMPLETE", 4 * schema.CHUNK_ROWS)
+    assert len(ended["files"]) == 2
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["prepared first", "blocks first"])

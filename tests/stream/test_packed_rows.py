@@ -18,6 +18,7 @@ from file_builder import count, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import LIMIT
+from processes import until as processes_until
 from stream_harness import LAYOUT, STORAGE, Line, Reader, make_consumer, until
 
 from larpixdaq import constants, schema
@@ -27,7 +28,7 @@ from larpixdaq.protocol.control import Endpoint
 from larpixdaq.protocol.packed_rows import MIN_ROWS, ROW_COLUMNS, PackedRows, RowPacker
 from larpixdaq.protocol.stream import Ack, Block, BlockOrigin, Hello, Packs, Welcome, pack, unpack_consumer
 from larpixdaq.runtime.record_file import crc32
-from larpixdaq.stream import publisher
+from larpixdaq.stream import publisher, subscriber
 
 ROWS = random_rows(np.random.default_rng(7), constants.BLOCK_ROWS)
 
@@ -246,9 +247,11 @@ def test_blocks_end_at_multiples_of_a_chunk() -> None:
         line.close()
 
 
-def test_a_damaged_packed_block_is_requested_again_with_its_rows(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_damaged_packed_block_is_requested_again_with_its_rows_and_later_ones_come_packed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(subscriber, "PLAIN_ROWS", 0.5)
     context: zmq.Context[Any] = zmq.Context()
     producer = context.socket(zmq.ROUTER)
     producer.rcvtimeo = int(LIMIT * 1000)
@@ -284,7 +287,14 @@ def test_a_damaged_packed_block_is_requested_again_with_its_rows(
         assert reader.blocks == [block]
         consumer.acknowledge(BlockOrigin(1, "p", 5), 1)
         receive(Ack)
-        assert "packed rows" in caplog.text
+        receive(Packs)
+        second = msgspec.structs.replace(block, sequence=1, first_packet=200)
+        producer.send_multipart([route, pack(second), *parts])
+        processes_until(lambda: reader.has(lambda r: r.blocks == [block, second])(), "the second block")
+        said = [record.getMessage() for record in caplog.records]
+        assert [line for line in said if "plain" in line or "again" in line] == [
+            "p sends plain rows for 0.5 s", "rows of p come packed again",
+        ]  # fmt: skip
     finally:
         consumer.close()
         context.destroy(linger=0)

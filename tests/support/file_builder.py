@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq import constants, schema
-from larpixdaq._native import word_codec
+from larpixdaq._native import hdf5_chunks, word_codec
 from larpixdaq.buffer.block_builder import info_rows
 from larpixdaq.hdf5.tables import RunInfo
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.protocol import stream
+from larpixdaq.protocol.packed_rows import PackedRows, new_tally
 from larpixdaq.runtime.record_file import crc32
 
 V1, V2, CLOCK64, V3 = schema.LAYOUTS
@@ -30,6 +32,14 @@ def words_to_rows(
         words, rows, asic=ASIC[layout], io_group=io_group, io_channel=17, receipt=12345, direction=direction
     )
     return rows[:made]
+
+
+def packed_rows(rows: NDArray[Any], layout: schema.RowLayout = V2) -> PackedRows:
+    """Pack rows like a chunk, by zlib, so that the packed rows are known from those of the writer."""
+    counts = new_tally()
+    hdf5_chunks.tally(rows.view(np.uint8), layout.code, counts)
+    data = zlib.compress(rows.view(np.uint8).reshape(len(rows), -1).T.tobytes(), 1)
+    return PackedRows(memoryview(data), zlib.crc32(data), zlib.crc32(rows.view(np.uint8)), counts)
 
 
 def random_rows(rng: np.random.Generator, n: int, layout: schema.RowLayout = V2) -> NDArray[Any]:
