@@ -30,9 +30,11 @@ from larpixdaq.buffer.block_store import BlockStore, Segment
 from larpixdaq.buffer.crash_recovery import Predecessors
 from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, RingFile, name_prefix, open_reader
 from larpixdaq.buffer.spool import Spool, SpoolDirectory, SpoolFile
+from larpixdaq.errors import ProtocolError
 from larpixdaq.keys.curve import Admission
 from larpixdaq.keys.peer_limits import PeerLimits
 from larpixdaq.protocol.control import ConsumerSession, Update, session_digest
+from larpixdaq.protocol.packed_rows import PackedRows
 from larpixdaq.protocol.stream import (
     STREAM_VERSION,
     Ack,
@@ -42,6 +44,7 @@ from larpixdaq.protocol.stream import (
     FromConsumer,
     Hello,
     Maps,
+    Packs,
     Position,
     Refused,
     Welcome,
@@ -49,7 +52,8 @@ from larpixdaq.protocol.stream import (
     unpack_producer,
 )
 from larpixdaq.runtime.record_file import crc32
-from larpixdaq.stream import Publisher
+from larpixdaq.stream import Publisher, publisher
+from larpixdaq.stream.publisher import PACK_LIMIT
 
 NAME = "board"
 STORAGES = ("first", "second")
@@ -60,6 +64,20 @@ LIE = 1 << 40
 
 class Tracker:
     done = False
+
+
+class Packed(NamedTuple):
+    """The second and third part of a message with packed rows. `is_right`: they were not changed on the way."""
+
+    rows: bytes
+    description: bytes
+    is_right: bool = True
+
+    def unpack(self, block: Block) -> bytes:
+        """The rows. ProtocolError if they are damaged."""
+        packed = PackedRows.parse(memoryview(self.rows), memoryview(self.description), block.rows)
+        assert packed.is_intact() or not self.is_right
+        return packed.unpack(block.rows, LAYOUT).tobytes()
 
 
 class Wire:
@@ -89,8 +107,9 @@ class Wire:
             raise zmq.ZMQError(zmq.EHOSTUNREACH)
         if flags & zmq.SNDMORE:
             self._head = parts[0], parts[1]
+        elif len(parts) == 4 and len(parts[2]):
+            self.down[parts[0]].append((parts[1], Packed(*parts[2:]), Tracker()))
         elif len(parts) == 4:  # the consumer reads the rows in the ring
-            assert parts[2] == b""
             self.down[parts[0]].append((parts[1], int.from_bytes(parts[3], "little"), Tracker()))
         else:
             self.down[parts[0]].append((parts[1], b"".join(map(bytes, parts[2:])), Tracker()))
@@ -117,7 +136,10 @@ class Wire:
 def check_rows(header: bytes, payload: Any) -> None:
     """Check that the rows of a block on its way were not overwritten."""
     frame = unpack_producer(header, NAME)
-    if isinstance(frame, Block) and not isinstance(payload, int):
+    if isinstance(payload, Packed):
+        assert isinstance(frame, Block)
+        assert not payload.is_right or crc32(payload.unpack(frame)) == frame.crc32, "other rows than were packed"
+    elif isinstance(frame, Block) and not isinstance(payload, int):
         assert crc32(payload) == frame.crc32, "other rows than were sent"
 
 
@@ -192,8 +214,9 @@ class Storage:
         self.queue: deque[tuple[Block | End, Any]] = deque()
         self.route: bytes | None = None
         self.welcome = False
+        self.last_welcome: Welcome | None = None
         self.maps = False  # it is on the producer's host and reads the ring
-        self.send_rows = False  # in its next subscription
+        self.send_rows = False  # plain, in its next subscription
         self.ring: Reader | None = None
         self.up: deque[bytes] = deque()
         self.last_ack: Ack | None = None
@@ -226,10 +249,9 @@ class Storage:
         """Receive a frame, as the thread of a Consumer does."""
         frame = unpack_producer(header, NAME)
         if isinstance(frame, Welcome):
-            self.welcome = True
-            if self.maps and not self.send_rows:
-                self.ring = open_reader(Path(frame.ring), NAME, frame.epoch)
-                self.say(Maps(frame.epoch))
+            self.welcome, self.last_welcome = True, frame
+            if not self.send_rows:
+                self.map_or_pack()
             self.send_rows = False
         elif isinstance(frame, Refused):
             self.welcome = False
@@ -243,9 +265,24 @@ class Storage:
                 if payload is None:  # it was overwritten in the ring
                     self.hello(send_rows=True)
                     return
+            elif isinstance(payload, Packed):
+                try:
+                    payload = payload.unpack(frame)  # type: ignore[arg-type]
+                except ProtocolError:
+                    self.hello(send_rows=True)
+                    return
             else:
                 payload = bytes(payload)
             self.queue.append((frame, payload))
+
+    def map_or_pack(self) -> None:
+        """Read the ring, or ask for packed rows, from now on."""
+        assert self.last_welcome is not None
+        if self.maps:
+            self.ring = open_reader(Path(self.last_welcome.ring), NAME, self.last_welcome.epoch)
+            self.say(Maps(self.last_welcome.epoch))
+        else:
+            self.say(Packs())
 
     def keep(self, *, say: bool) -> None:
         """Make all blocks that were taken durable and, with `say`, acknowledge them."""
@@ -290,9 +327,11 @@ class Stream(RuleBasedStateMachine):
         self.run = 0
         self.epoch = 0
 
-    @initialize(required=REQUIRED, forgets=st.booleans())
-    def first_run(self, required: set[str], forgets: bool) -> None:
+    @initialize(required=REQUIRED, forgets=st.booleans(), hurries=st.booleans())
+    def first_run(self, required: set[str], forgets: bool, hurries: bool) -> None:
+        """`hurries`: a turn of the producer has time to pack one block."""
         self.forget_after = 20.0 if forgets else 1e6
+        publisher.PACK_LIMIT = 0.0 if hurries else PACK_LIMIT
         for storage in self.storages.values():
             self.invite(storage)
             self.register(storage)
@@ -552,6 +591,24 @@ class Stream(RuleBasedStateMachine):
             tracker.done = True
             n -= 1
 
+    @rule(name=st.sampled_from(STORAGES), at=st.integers(0, 1 << 20), flip=st.integers(0, 255))
+    def packed_rows_are_damaged(self, name: str, at: int, flip: int) -> None:
+        """Change a byte of the next packed block on its way, or cut it there. The storage asks for plain rows."""
+        queue = self.wire.down.get(self.storages[name].route or b"", deque[Any]())
+        for place, (header, payload, tracker) in enumerate(queue):
+            if isinstance(payload, Packed):
+                rows = bytearray(payload.rows)
+                rows[at % len(rows)] ^= flip
+                changed = bytes(rows) if flip else payload.rows[: at % len(rows)]
+                queue[place] = header, Packed(changed or b"?", payload.description, False), tracker
+                break
+
+    @rule(name=st.sampled_from(STORAGES))
+    def plain_rows_end(self, name: str) -> None:
+        """A storage that got plain rows reads the ring, or asks for packed rows, again."""
+        if self.storages[name].welcome:
+            self.storages[name].map_or_pack()
+
     @rule(name=st.sampled_from(STORAGES), n=st.integers(1, 20))
     def process(self, name: str, n: int) -> None:
         """Take frames from the queue, as the loop of a storage does."""
@@ -654,6 +711,7 @@ class Stream(RuleBasedStateMachine):
         try:
             self._deliver_all()
         finally:
+            publisher.PACK_LIMIT = PACK_LIMIT
             self.ring_file.close()
             shutil.rmtree(self.folder)
 

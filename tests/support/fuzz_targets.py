@@ -54,7 +54,7 @@ from larpixdaq.hdf5.verify import verify
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.keys import credentials
 from larpixdaq.keys.curve import KeyPair
-from larpixdaq.protocol import control, hardware, io_class, stream
+from larpixdaq.protocol import control, hardware, io_class, packed_rows, stream
 from larpixdaq.runtime import record_file
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.schema import Asic
@@ -873,6 +873,43 @@ def stream_frames(data: bytes) -> None:
                 assert len(list(configurations.pieces())) == 1
 
 
+def packed_blocks(data: bytes) -> None:
+    """A block's packed rows and their description, changed, or made to fit what zlib finds in the rows.
+
+    ISA-L also reads some data that zlib, the library of HDF5, refuses. So rows that were unpacked are packed anew.
+    """
+    given = Input(data)
+    row_layout = given.choose(schema.LAYOUTS)
+    rows, fits = given.number(2) % (constants.BLOCK_ROWS + 1), given.number() & 1
+    description, packed = given.piece(), exact(given.left)
+    size = rows * row_layout.dtype.itemsize
+    unpacker, planes = zlib.decompressobj(), None
+    with contextlib.suppress(zlib.error):
+        planes = unpacker.decompress(packed, size + 1)
+    readable = planes is not None and len(planes) == size and unpacker.eof and not unpacker.unused_data
+    if readable and fits:
+        content = content_of(planes, row_layout)
+        counts = packed_rows.new_tally()
+        hdf5_chunks.tally(np.frombuffer(content, np.uint8), row_layout.code, counts)
+        tallied = [[group, *counts[group].tolist()] for group in np.flatnonzero(counts.any(axis=1)).tolist()]
+        description = msgspec.msgpack.encode([zlib.crc32(packed), zlib.crc32(content), tallied])
+    try:
+        block = packed_rows.PackedRows.parse(memoryview(packed), memoryview(description), rows)
+        assert block.is_intact() == (zlib.crc32(packed) == block.crc32)
+        found = block.unpack(rows, row_layout)
+    except ProtocolError as error:
+        one_line(error)
+        found = None
+    assert found is not None or not (readable and fits and len(packed) <= size), "right rows are refused"
+    assert found is None or not readable or found.tobytes() == content_of(planes, row_layout)
+
+
+def content_of(planes: Any, row_layout: schema.RowLayout) -> bytes:
+    """The rows whose bytes are in these planes."""
+    size = row_layout.dtype.itemsize
+    return np.frombuffer(planes, np.uint8).reshape(size, len(planes) // size).T.tobytes()
+
+
 def control_frames(data: bytes) -> None:
     control.probe(data)
     for unpack in (lambda given: control.unpack_client(given, "a stranger"), control.unpack_core):
@@ -960,6 +997,19 @@ def frame_seeds() -> dict[str, Iterator[bytes]]:
         yield stream.pack(stream.Hello(1, "storage", "session", "all", [stream.Position(1, "producer", 7, 5)]))
         yield from map(stream.pack, [stream.Ack(1, 7, 5), stream.Credit(9), stream.Bye(), stream.Maps(7)])
 
+    def of_packed() -> Iterator[bytes]:
+        for number, row_layout in enumerate(schema.LAYOUTS):
+            for n in (1, packed_rows.MIN_ROWS):
+                made = random_rows(np.random.default_rng(n), n, row_layout)
+                parts = packed_rows.RowPacker().pack(1, 0, made.view(np.uint8).data, row_layout, lambda: True)
+                assert parts is not None
+                packed, description = parts
+                lead = bytes([number]) + n.to_bytes(2, "little") + bytes([n & 1])
+                yield lead + len(description).to_bytes(2, "little") + description + packed
+            plain = zlib.compress(np.zeros((5, row_layout.dtype.itemsize), np.uint8).tobytes())
+            yield bytes([number, 5, 0, 1, 0, 0]) + plain
+        yield bytes([0, 0, 0, 1, 0, 0]) + zlib.compress(b"")
+
     def of_control() -> Iterator[bytes]:
         key = "x" * 40
         yield control.pack(
@@ -993,6 +1043,7 @@ def frame_seeds() -> dict[str, Iterator[bytes]]:
 
     return {
         "stream_frames": of_stream(),
+        "packed_blocks": of_packed(),
         "control_frames": of_control(),
         "other_frames": of_others(),
         "http_requests": of_http(),
@@ -1019,6 +1070,7 @@ TARGETS: dict[str, dict[str, Callable[[bytes], None]]] = {
     },
     "frames": {
         "stream_frames": stream_frames,
+        "packed_blocks": packed_blocks,
         "control_frames": control_frames,
         "other_frames": other_frames,
         "http_requests": http_requests,
