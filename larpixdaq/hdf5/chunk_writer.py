@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 
 from larpixdaq import schema
 from larpixdaq._native.hdf5_chunks import Packer
+from larpixdaq.hdf5 import layout
 from larpixdaq.protocol.packed_rows import unpack_chunk
 
 #: Rows of a batch, a few chunks of schema.CHUNK_ROWS: there are two flushes per batch instead of two per chunk.
 BATCH_ROWS: Final = 4 * schema.CHUNK_ROWS
 #: Chunks of a batch that a thread packs while the batch fills up: all except the last.
 _PACKED_EARLY: Final = BATCH_ROWS // schema.CHUNK_ROWS - 1
-#: Bits of HDF5's filter mask: a chunk that is neither shuffled nor deflated.
-_NO_FILTERS: Final = 0b11
 #: Rows between two calls of show() below which a plain chunk takes less room than a chunk that is packed each time.
 _SLOW_ROWS: Final = schema.CHUNK_ROWS // 8
 #: Share of a plain chunk's size: when the packed copies of a chunk exceed it, the chunk is written plain. Short runs do
@@ -59,8 +58,9 @@ class Batch:
         self._previous = np.zeros((BATCH_ROWS, itemsize), np.uint8)
         self._thread = ThreadPoolExecutor(1, "packing")
         self._packed: list[Future[bytes]] = []  # the first chunks of the batch
-        self._received: dict[int, bytes] = {}  # chunks of the batch that came packed
-        self._absent: set[int] = set()  # those of them whose rows are not in the buffer
+        self._received: dict[int, bytes] = {}  # chunks of the batch that came packed, and were not unpacked
+        #: Chunks in the file that came packed, and were not unpacked.
+        self.unread_chunks = 0
         self._thread_packer, self._packer = (Packer(schema.CHUNK_ROWS, itemsize) for _ in range(2))
 
     def resume(self, rows: int) -> None:
@@ -98,7 +98,6 @@ class Batch:
         """Add a packed chunk at the beginning of a chunk, as commit() adds rows."""
         index = (self.rows - self.base) // schema.CHUNK_ROWS
         self._received[index] = packed
-        self._absent.add(index)
         self.commit(schema.CHUNK_ROWS, full)
 
     def commit(self, n: int, full: Callable[[], None]) -> None:
@@ -114,11 +113,20 @@ class Batch:
 
     def pieces(self, start: int, stop: int) -> list[NDArray[np.uint8]]:
         """Return the bytes of rows `start` to `stop` of the file, in one or two pieces; both batches together must have
-        them. ChecksumError if they came packed and are damaged."""
+        them. ChecksumError if they came packed and are damaged.
+
+        A chunk that is unpacked for this before it is in the file is packed anew: HDF5 reads it by zlib, which refuses
+        some data that ISA-L takes.
+        """
         start, stop = start - self.base, stop - self.base
-        for index in [i for i in self._absent if start < (i + 1) * schema.CHUNK_ROWS and i * schema.CHUNK_ROWS < stop]:
-            unpack_chunk(self._received[index], self._chunk(index), self._size)
-            self._absent.remove(index)
+        for index in list(self._received):
+            if start < (index + 1) * schema.CHUNK_ROWS and index * schema.CHUNK_ROWS < stop:
+                unpack_chunk(self._received[index], self._chunk(index), self._size)
+                if index < self._final_chunks:
+                    continue
+                del self._received[index]
+                if index < len(self._packed):
+                    self._packed[index] = self._thread.submit(self._pack, self._thread_packer, index)
         previous = [self._previous[start:].reshape(-1)] if start < 0 else []
         return [*previous, self._current[max(start, 0) : stop].reshape(-1)]
 
@@ -127,8 +135,8 @@ class Batch:
         filled = self._fill_up()
         self._write_chunks(-(-filled // schema.CHUNK_ROWS))
         self._packed.clear()
+        self.unread_chunks += len(self._received)
         self._received.clear()
-        self._absent.clear()
         self._final_chunks = self._visible_rows = 0
         return self.base + filled
 
@@ -151,7 +159,7 @@ class Batch:
             self._packed_bytes += len(packed)
             plain = new < _SLOW_ROWS and self._packed_bytes > _PACKED_SHARE * len(chunk)
         if plain:
-            self._packets.id.write_direct_chunk((first,), chunk, filter_mask=_NO_FILTERS)
+            self._packets.id.write_direct_chunk((first,), chunk, filter_mask=layout.NO_FILTERS)
             self._unfinished = first, len(chunk)
         else:
             self._place(self._final_chunks, packed)

@@ -52,6 +52,8 @@ from larpixdaq.version import VERSION
 
 #: HDF5 1.14 and Debian's h5dump cannot read newer formats, and older formats have no SWMR.
 LIBVER: Final = ("v110", "v110")
+#: Bits of HDF5's filter mask: a chunk that is neither shuffled nor deflated.
+NO_FILTERS: Final = 0b11
 #: Attempts to open a file that this process reads, at intervals of 10 ms.
 _READER_WAIT: Final = 100
 _SOURCE: Final = [("producer", "<u2"), ("epoch", "<u8")]
@@ -90,6 +92,8 @@ SOURCES: Final = np.dtype(
 )
 #: Name of the texts that are comments of the e-log, in JSON: protocol.reports.Comment.
 E_LOG: Final = "e-log"
+#: Name of the text with the number of chunks that came packed, and were written without being unpacked.
+UNREAD: Final = "unread chunks"
 TEXTS: Final = np.dtype([("name", "S64"), ("piece", "<u4"), ("text", f"S{TEXT_BYTES}"), ("written_ns", "<u8")])
 #: 256 bytes hold any constants.Name.
 PRODUCERS: Final = np.dtype([("name", "S256")])

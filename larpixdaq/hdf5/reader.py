@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq import schema
+from larpixdaq._native.hdf5_chunks import unshuffle
 from larpixdaq.errors import ChecksumError, FileError, cause
 from larpixdaq.hdf5 import layout, names, repair
 from larpixdaq.protocol.packed_rows import unpack_chunk
@@ -159,6 +161,27 @@ class DataFile:
         """Read all rows, four chunks at a time."""
         for start in range(0, self.rows, PIECE_ROWS):
             yield self.packets(start, start + PIECE_ROWS)
+
+    def chunk(self, first: int) -> NDArray[np.uint8]:
+        """Read the chunk of schema.CHUNK_ROWS rows that begins at row `first`; return the bytes of the rows.
+
+        Without the lock of h5py while the rows are unpacked, so that a writer in another thread goes on. FileError if
+        the chunk is damaged.
+        """
+        name = f"/packets, rows {first} to {first + schema.CHUNK_ROWS},"
+        mask, stored = self._guard(name, lambda: self._packets.id.read_direct_chunk((first,)))
+        size, itemsize = schema.CHUNK_ROWS * self.dtype.itemsize, self.dtype.itemsize
+        if mask == layout.NO_FILTERS and len(stored) == size:
+            return np.frombuffer(stored, np.uint8)
+        try:
+            planes = zlib.decompressobj().decompress(stored, size + 1)  # the library by which HDF5 reads
+        except zlib.error as error:
+            raise FileError(f"{self.path}: {name} cannot be read: {error}") from None
+        if mask or len(planes) != size:
+            raise FileError(f"{self.path}: {name} cannot be read: {len(planes)} bytes, expected {size}")
+        rows = np.empty(size, np.uint8)
+        unshuffle(np.frombuffer(planes, np.uint8), itemsize, rows)
+        return rows
 
     def refresh(self) -> None:
         """Make visible all rows that the writer of a growing file has added so far."""

@@ -7,6 +7,7 @@ agrees with the rows. The parity of every word is computed again from its row. P
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -204,6 +205,8 @@ def _verify_own(file: DataFile, findings: Findings, notes: list[str]) -> str:
             notes.append(f"condition {condition}")
         elif condition != RunCondition.COMPLETE:
             findings.add(f"unknown condition {condition!r}")
+        if layout.UNREAD in texts:
+            notes.append(f"{texts[layout.UNREAD][-1]} chunks came packed, and had not been unpacked when it was closed")
     parity = ParityCheck(file)
     ledger_check = LedgerCheck(file, info, findings)
     _check_blocks(file, ledger_check, parity, findings.add)
@@ -336,6 +339,28 @@ def _check_block(
             f" {block['crc32']:08x}, found {crc:08x}"
         )
     ledger_check.block(block, rows)
+
+
+def damaged_chunks(path: Path, rest: Callable[[float], bool]) -> list[str] | None:
+    """Unpack the blocks of a finished file that are chunks of their own; one line for each that is damaged.
+
+    `rest` is called after each of them with the seconds that it took. When it returns True, None is returned at once.
+    FileError when the file or its blocks cannot be read.
+    """
+    findings = Findings()
+    with DataFile(path, own=True) as file:
+        for group in block_groups(file):
+            for block in group[(group["rows"] == schema.CHUNK_ROWS) & (group["first_row"] % schema.CHUNK_ROWS == 0)]:
+                began = time.monotonic()
+                try:
+                    if crc32(file.chunk(int(block["first_row"]))) != block["crc32"]:
+                        rows = f"/packets, rows {block['first_row']} to {block['first_row'] + block['rows']},"
+                        findings.add(f"{path}: {rows} are not the rows that were sent")
+                except FileError as error:
+                    findings.add(str(error))
+                if rest(time.monotonic() - began):
+                    return None
+    return findings.lines()
 
 
 def block_groups(file: DataFile) -> Iterator[NDArray[Any]]:

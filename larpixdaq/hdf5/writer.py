@@ -46,7 +46,7 @@ from larpixdaq.runtime.record_file import crc32
 WAIT: Final = 0.020
 #: Seconds between two writes of an unfinished batch, for readers of the growing file.
 SHOW_INTERVAL: Final = 4.0
-#: One of this number of packed chunks is unpacked, to check its rows.
+#: One of this number of packed chunks is unpacked, to check its rows before they are acknowledged.
 CHECKED_CHUNKS: Final = 16
 #: Maximum ns between a part's first or last row and a rotation; above it the storage lags behind its producers.
 _LAG_NS: Final = 2 * 10**9
@@ -60,6 +60,7 @@ class CloseReport(NamedTuple):
     bytes: int
     condition: RunCondition
     reasons: list[str]
+    unread: int = 0  # chunks that were written as they came packed, and never unpacked
 
 
 class RunFile:
@@ -205,9 +206,9 @@ class RunFile:
     def add(self, block: stream.Block, rows: NDArray[Any] | None, packed: PackedRows | None = None) -> None:
         """Add a block with its rows, which have the run's layout and are copied, or with its packed rows.
 
-        Packed rows that fill a chunk of the file are written as they are. They are checked by their own checksum and by
-        that of the rows when they were packed, and the first chunk of a producer and then every CHECKED_CHUNKS-th one
-        is unpacked to check its rows too.
+        Packed rows that fill a chunk of the file are written as they are, unless the journal needs the rows. They are
+        checked by their own checksum and by that of the rows when they were packed, and the first chunk of a producer
+        and then every CHECKED_CHUNKS-th one is unpacked to check its rows too.
         A block that the part has already is counted as a duplicate; blocks between are counted as missing.
         ProtocolError, with nothing added, when header and rows do not belong together; ChecksumError when the rows are
         not the rows that were sent; FileError when the disk fails.
@@ -473,6 +474,8 @@ class RunFile:
             self._write_batch()
             for name, text in (texts or {}).items():
                 self._tables.add_text(name, text)
+            if unread := self._batch.unread_chunks:
+                self._tables.add_text(layout.UNREAD, str(unread))
             for name, lines in (("damaged", self._damaged), ("reason", reasons)):
                 for line in lines:
                     self._tables.add_text(name, line)
@@ -502,7 +505,7 @@ class RunFile:
 
         self._try(finish)
         self.failed = "is closed"
-        return CloseReport(self.path, self.rows, self.bytes, condition, reasons)
+        return CloseReport(self.path, self.rows, self.bytes, condition, reasons, self._batch.unread_chunks)
 
     def publish(self) -> Path:
         """Sync the sealed file, give it its final name, and remove the journal. May run in another thread.

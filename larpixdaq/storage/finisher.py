@@ -1,6 +1,7 @@
-"""Finish parts: recovery where it is needed, final name, checksum, and the command to run on each finished file.
+"""Finish parts: recovery where it is needed, final name, checksum, the command to run on each finished file, and the
+check of chunks that came packed.
 
-Each of the four has a thread of its own, so that none delays the stream: a recovery reads hundreds of millions of rows,
+Each of the five has a thread of its own, so that none delays the stream: a recovery reads hundreds of millions of rows,
 a disk syncs, a checksum reads gigabytes, a command hangs. The threads keep no state; the loop gets their results.
 """
 
@@ -26,9 +27,11 @@ import msgspec
 
 from larpixdaq.errors import FileError, FileLocked
 from larpixdaq.hdf5 import names
+from larpixdaq.hdf5.layout import UNREAD
 from larpixdaq.hdf5.reader import DataFile, comments
 from larpixdaq.hdf5.recovery import prepare, recover
 from larpixdaq.hdf5.run_report import continuable_runs
+from larpixdaq.hdf5.verify import damaged_chunks
 from larpixdaq.hdf5.writer import CloseReport, RunFile, sync_path
 from larpixdaq.protocol.reports import Comment, FinishedFile
 from larpixdaq.runtime.event_loop import Worker
@@ -43,7 +46,12 @@ COMMAND_LIMIT: Final = 600.0
 #: Seconds at the end of the process for commands, all together, and before that for checksums.
 LAST_COMMANDS: Final = 10.0
 LAST_SUMS: Final = 5.0
+#: Maximum seconds until the check of chunks notices the end of the process.
+LAST_CHECK: Final = 1.0
 _PIECE: Final = 1 << 20
+#: Seconds for which the check of chunks rests after each second of work: while a run is written, and otherwise. So it
+#: takes a tenth of a core, or half of one.
+CHECK_REST: Final = (9.0, 1.0)
 #: Maximum bytes of a sidecar that is read. It has all comments on its run, with up to 12 bytes a character in JSON.
 _SIDECAR_BYTES: Final = 32 << 20
 
@@ -52,6 +60,7 @@ class _Published(NamedTuple):
     path: Path
     finished: FinishedFile  # for `status`; the checksum is added when it is known
     content: dict[str, Any]  # of the sidecar, without name, size and checksum
+    unread: bool  # it has chunks that came packed, and were not unpacked
 
 
 class Finisher:
@@ -70,8 +79,12 @@ class Finisher:
         self.failures = 0
         #: Parts that were removed and could not be written anew until the end of the process.
         self.lost: list[Path] = []
-        self._publishing, self._summing, self._commands, self._recovering = workers = [
-            Worker(f"storage: {what}") for what in ("final names", "checksums", "commands", "recovery")
+        #: Whether a run is being written.
+        self.busy = False
+        #: Damaged chunks of closed files, a line for each file, for `status`.
+        self.damaged: list[str] = []
+        self._publishing, self._summing, self._commands, self._recovering, self._checking = workers = [
+            Worker(f"storage: {what}") for what in ("final names", "checksums", "commands", "recovery", "chunks")
         ]
         self._workers = {worker.fileno(): worker for worker in workers}
         self._ready = select.epoll()
@@ -86,6 +99,7 @@ class Finisher:
         self._left: deque[Path] = deque()  # files whose command has not ended
         self._running: subprocess.Popen[bytes] | None = None  # the command of the first of these files
         self._ending = False  # the process ends; the threads read this
+        self._check_ends = threading.Event()  # likewise, for the check of chunks
         self._over = False  # no further command is started
 
     def fileno(self) -> int:
@@ -116,6 +130,7 @@ class Finisher:
         if self._ending:
             return
         self._ending = True
+        self._check_ends.set()
         self._recovering.drain(threading.TIMEOUT_MAX)
         self._publishing.drain(threading.TIMEOUT_MAX)
         for part in self._removed:
@@ -127,6 +142,7 @@ class Finisher:
         if not self._summing.drain(LAST_SUMS):
             log.error("checksums are not ready after %g s: the next start makes those of the newest run", LAST_SUMS)
         self._commands.drain(LAST_COMMANDS)
+        self._checking.drain(LAST_CHECK)
         self._over = True
         running = self._running
         for path in self._left:
@@ -241,7 +257,7 @@ class Finisher:
         if isinstance(file, OSError):
             log.error("%s", file)
             return
-        path, finished, content = file
+        path, finished, content, unread = file
         self.finished.append(finished)
         content = content | {"comments": _merged(content["comments"], self._comments.get(finished.run, []))}
 
@@ -258,6 +274,33 @@ class Finisher:
                     self._run()
 
         self._summing.submit(lambda: _write_sidecar(path, content), done)
+        if unread:
+            self._check(path)
+
+    def _check(self, path: Path) -> None:
+        """Unpack the chunks of a closed file that came packed, and report damaged ones."""
+
+        def rest(seconds: float) -> bool:
+            return self._check_ends.wait(seconds * CHECK_REST[0 if self.busy else 1])
+
+        def job() -> list[str] | None:
+            return damaged_chunks(path, rest)
+
+        def done(found: list[str] | OSError | None) -> None:
+            if isinstance(found, OSError):
+                log.error("its packed chunks were not unpacked: %s", found)
+            elif found is None:
+                log.warning("%s: not all of its packed chunks were unpacked: larpixdaq verify does it", path.name)
+            elif found:
+                for line in found:
+                    log.error("%s", line)
+                more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+                self.damaged.append(found[0] + more)
+                self._summing.submit(partial(_add_damage, path, found), _log_error)
+            else:
+                log.info("%s: its packed chunks are good", path.name)
+
+        self._checking.submit(job, done)
 
     def add_comments(
         self, directory: Path, storage: str, run: int, comments: Sequence[Comment], then: Callable[[Any], None]
@@ -334,11 +377,12 @@ def _await_end(process: subprocess.Popen[bytes], output: IO[bytes]) -> str:
 def _finished(path: Path) -> _Published:
     """Read a file's facts for status and sidecar after it got its final name. FileError when it cannot be read."""
     with DataFile(path) as file:
-        info, found = file.run_info(), comments(file.texts())
+        info, texts = file.run_info(), file.texts()
+    found = comments(texts)
     size, condition = path.stat().st_size, info["condition"]
     finished = FinishedFile(info["run"], str(path), size, "", condition)
     content = {name: info[name] for name in ("run", "part", "rows", "condition")}
-    return _Published(path, finished, content | {"comments": msgspec.to_builtins(found)})
+    return _Published(path, finished, content | {"comments": msgspec.to_builtins(found)}, UNREAD in texts)
 
 
 def sha256(path: Path) -> tuple[str, int]:
@@ -382,6 +426,21 @@ def _add_to_sidecar(path: Path, new: Sequence[Comment]) -> int:
     if len(merged) > len(known):
         _replace_sidecar(path, content | {"comments": merged})
     return 1
+
+
+def _add_damage(path: Path, lines: list[str]) -> None:
+    """Add damaged chunks to NAME.json beside a finished file."""
+    sidecar = path.with_suffix(names.SIDECAR)
+    try:
+        content = json.loads(read_regular(sidecar, _SIDECAR_BYTES)) | {"damaged": lines}
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FileError(f"{sidecar} is damaged: {error}") from None
+    _replace_sidecar(path, content)
+
+
+def _log_error(found: OSError | None) -> None:
+    if found is not None:
+        log.error("%s", found)
 
 
 def _merged(known: list[dict[str, Any]], new: Sequence[Comment]) -> list[dict[str, Any]]:

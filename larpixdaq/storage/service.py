@@ -111,6 +111,7 @@ class StorageService:
             self._work(run)
         self.finisher.retry()
         self._answer()
+        self.finisher.busy = bool(self._runs)
         self.finisher.work()
 
     def close_parts(self) -> None:
@@ -565,7 +566,7 @@ class StorageService:
             seconds_left=self.space.seconds_left(),
             paused=self.paused or "; ".join(run.failure for run in opened if run.file is None),
             recovering=[part for part in self.finisher.broken if part not in failed],
-            not_recovered=list(failed.values()),
+            not_recovered=[*failed.values(), *self.finisher.damaged],
             total_rows=self._taken,
             total_bytes=self._growth,
             duplicates=self.duplicates,

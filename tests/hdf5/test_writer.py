@@ -105,8 +105,9 @@ def test_any_blocks_and_any_journal_timing_give_the_same_file(tmp_path_factory, 
 
 
 @pytest.mark.parametrize("journal", [False, True])
-def test_a_packed_block_that_fills_a_chunk_is_written_as_it_came(tmp_path, journal):
-    """In each place of a batch, and when the journal needs its rows. Of CHECKED_CHUNKS blocks one is packed anew."""
+def test_a_packed_block_that_fills_a_chunk_is_written_as_it_came_unless_the_journal_needs_its_rows(tmp_path, journal):
+    """In each place of a batch. Of CHECKED_CHUNKS blocks one is packed anew, and each that is unpacked for the journal,
+    which does not get those that fill a batch."""
     rng = np.random.default_rng(5)
     feed = Feed()
     file = RunFile(tmp_path, run_info(V2))
@@ -124,15 +125,41 @@ def test_a_packed_block_that_fills_a_chunk_is_written_as_it_came(tmp_path, journ
         path = recover(file.path).path
     else:
         file.end(feed.end())
-        path = file.close().path
+        report = file.close()
+        path = report.path
     with h5py.File(path) as plain:
         starts = range(0, feed.first_packet, schema.CHUNK_ROWS)
         written = [plain["packets"].id.read_direct_chunk((first,))[1] for first in starts]
         assert np.array_equal(plain["packets"][:], np.concatenate(feed.rows))
     unchanged = [first in came and chunk == came[first].data for first, chunk in zip(starts, written, strict=True)]
     expected = [False] * 2 + [True] * (CHECKED_CHUNKS - 1) + [False, True, True, False]
-    assert unchanged[:-4] == expected[:-4] if journal else unchanged == expected
-    assert journal or verify(path).ok
+    if journal:
+        assert not any(
+            was and (first + schema.CHUNK_ROWS) % BATCH_ROWS for first, was in zip(starts, unchanged, strict=True)
+        )
+        return
+    assert unchanged == expected
+    assert report.unread == sum(expected)
+    found = verify(path)
+    assert found.ok
+    assert f"{report.unread} chunks came packed, and had not been unpacked when it was closed" in found.notes
+
+
+def test_a_chunk_that_readers_have_seen_as_it_came_stays_unread(tmp_path, monkeypatch):
+    """The journal needs its rows after it was written for readers of the growing file."""
+    monkeypatch.setattr(writer, "SHOW_INTERVAL", 0.0)
+    rng, feed = np.random.default_rng(6), Feed()
+    file = RunFile(tmp_path, run_info(V2))
+    for _ in range(3):
+        rows = random_rows(rng, schema.CHUNK_ROWS)
+        file.add(feed.block(rows)[0], None, packed(rows))
+    file._show()
+    file.work(pressed=True)
+    assert file.durable[feed.origin] == 3
+    file.end(feed.end())
+    report = file.close()
+    assert report.unread == 2
+    assert verify(report.path).ok
 
 
 @pytest.mark.parametrize("content", ["no rows", "other rows"])
@@ -162,7 +189,8 @@ def test_damaged_packed_rows_are_never_acknowledged(tmp_path, content):
     # them. In the journal they would make recovery fail.
     block, _ = feed.block(random_rows(rng, schema.CHUNK_ROWS))
     data = memoryview(bytes(1000)) if content == "no rows" else other.data
-    file.add(block, None, right._replace(data=data, crc32=zlib.crc32(data), rows_crc32=block.crc32))
+    wrong = right._replace(data=data, crc32=zlib.crc32(data), rows_crc32=block.crc32)
+    file.add(block, None, wrong)
     with pytest.raises(FileError, match="packed rows: Error" if content == "no rows" else "expected CRC-32"):
         file.work(pressed=True)
     assert file.damaged_by == feed.origin.producer

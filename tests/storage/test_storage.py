@@ -20,6 +20,7 @@ from processes import LIMIT, until
 
 from larpixdaq import schema
 from larpixdaq.errors import FileError, StateError
+from larpixdaq.hdf5.chunk_writer import BATCH_ROWS
 from larpixdaq.hdf5.recovery import recover
 from larpixdaq.hdf5.run_report import file_info
 from larpixdaq.hdf5.verify import verify
@@ -201,6 +202,56 @@ def test_packed_rows_are_unpacked_for_a_while_after_damaged_ones(
     ended = rig.end(4).value
     assert (ended["condition"], ended["rows"]) == ("COMPLETE", 4 * schema.CHUNK_ROWS)
     assert len(ended["files"]) == 2
+
+
+@pytest.mark.parametrize("content", ["no rows", "other rows", "right"])
+def test_packed_chunks_without_time_to_unpack_them_are_unpacked_after_the_close(
+    rigs: Callable[..., Rig], content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Damaged ones, which their producer has freed, are in log, status and sidecar, and verify finds them too."""
+    caplog.set_level("INFO")
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    made = [rows(schema.CHUNK_ROWS), random_rows(np.random.default_rng(9), schema.CHUNK_ROWS)]
+    for number in range(BATCH_ROWS // schema.CHUNK_ROWS):
+        block, rows_of = feed.block(made[0])
+        packed = packed_rows(rows_of)
+        if number == 2 and content != "right":  # with checksums that are right: a mistake of the producer
+            data = memoryview(bytes(1000)) if content == "no rows" else packed_rows(made[1]).data
+            packed = packed._replace(data=data, crc32=zlib.crc32(data))
+        rig.storage.receive("LArPix board", block, None, packed)
+    rig.take(feed.end())
+    call = rig.end(feed.sequence)
+    assert call.value["condition"] == "COMPLETE"
+    path = Path(call.value["files"][0])
+    what = "chunks are good" if content == "right" else "rows 32768 to 49152, "
+    rig.until(lambda: f"{what}" in caplog.text, "the check")
+    sidecar = path.with_suffix(".json")
+    if content == "right":
+        assert rig.storage.status().not_recovered == []
+        rig.until(sidecar.exists, "the sidecar")
+        assert "damaged" not in json.loads(sidecar.read_text())
+        return
+    (line,) = rig.storage.status().not_recovered
+    assert "rows 32768 to 49152, " + ("cannot be read" if content == "no rows" else "are not the rows that") in line
+    rig.until(lambda: "damaged" in json.loads(sidecar.read_text()), "the sidecar")
+    assert json.loads(sidecar.read_text())["damaged"] == [line]
+    assert not verify(path).ok
+
+
+def test_packed_chunks_that_are_not_unpacked_at_the_end_of_the_process_are_named(
+    rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(finisher, "CHECK_REST", (1e6, 1e6))
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    for _ in range(BATCH_ROWS // schema.CHUNK_ROWS):
+        block, rows_of = feed.block(rows(schema.CHUNK_ROWS))
+        rig.storage.receive("LArPix board", block, None, packed_rows(rows_of))
+    rig.take(feed.end())
+    (file,) = rig.end(feed.sequence).value["files"]
+    rig.storage.close()
+    assert f"{Path(file).name}: not all of its packed chunks were unpacked: larpixdaq verify does it" in caplog.text
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["prepared first", "blocks first"])
