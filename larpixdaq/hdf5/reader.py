@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq import schema
-from larpixdaq._native.hdf5_chunks import unshuffle
 from larpixdaq.errors import ChecksumError, FileError, cause
 from larpixdaq.hdf5 import layout, names, repair
 from larpixdaq.protocol.packed_rows import unpack_chunk
@@ -173,14 +172,13 @@ class DataFile:
         size, itemsize = schema.CHUNK_ROWS * self.dtype.itemsize, self.dtype.itemsize
         if mask == layout.NO_FILTERS and len(stored) == size:
             return np.frombuffer(stored, np.uint8)
-        try:
-            planes = zlib.decompressobj().decompress(stored, size + 1)  # the library by which HDF5 reads
-        except zlib.error as error:
-            raise FileError(f"{self.path}: {name} cannot be read: {error}") from None
-        if mask or len(planes) != size:
-            raise FileError(f"{self.path}: {name} cannot be read: {len(planes)} bytes, expected {size}")
         rows = np.empty(size, np.uint8)
-        unshuffle(np.frombuffer(planes, np.uint8), itemsize, rows)
+        try:
+            if mask:
+                raise ChecksumError(f"{len(stored)} bytes with filters left out ({mask:#x})")
+            unpack_chunk(stored, rows, itemsize, zlib)  # the library by which HDF5 reads
+        except ChecksumError as error:
+            raise FileError(f"{self.path}: {name} cannot be read: {error}") from None
         return rows
 
     def refresh(self) -> None:

@@ -104,12 +104,13 @@ class PackedRows(NamedTuple):
         return out.view(layout.dtype)
 
 
-def unpack_chunk(packed: Any, out: NDArray[np.uint8], itemsize: int) -> None:
-    """Unpack rows of `itemsize` bytes into `out`, which they fill. ChecksumError if they are damaged."""
-    decoder = zlib_library.decompressobj()
+def unpack_chunk(packed: Any, out: NDArray[np.uint8], itemsize: int, library: Any = zlib_library) -> None:
+    """Unpack rows of `itemsize` bytes into `out`, which they fill, with zlib or isal. ChecksumError if they are
+    damaged."""
+    decoder = library.decompressobj()
     try:
         planes = decoder.decompress(packed, len(out) + 1)
-    except zlib_library.error as error:
+    except library.error as error:
         raise ChecksumError(f"packed rows: {error}") from None
     if len(planes) != len(out) or not decoder.eof or decoder.unused_data:
         raise ChecksumError(
