@@ -96,6 +96,7 @@ class File(_Table, frozen=True):
     producers: dict[str, dict[str, Any]] = {}
     routines: Routines = Routines()
     alarms: AlarmConfig = AlarmConfig()
+    web: dict[str, Any] | UnsetType = UNSET
 
 
 class Program(NamedTuple):

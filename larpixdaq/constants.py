@@ -79,7 +79,7 @@ HARDWARE_ACTIONS: Final = HARDWARE_QUERIES + HARDWARE_CHANGES
 #: Actions of a monitor.
 MONITOR_QUERIES: Final = ("summary", "packet_rate", "pixel_map", "pixel", "adc_histogram", "packets", "messages")
 #: Actions of components that change nothing and need no control. All other actions need control.
-QUERIES: Final = frozenset({"list_routines", "run_info", *MONITOR_QUERIES, *HARDWARE_QUERIES})
+QUERIES: Final = frozenset({"list_routines", "records", "run_info", *MONITOR_QUERIES, *HARDWARE_QUERIES})
 #: Actions of components that only the core itself may request.
 RUN_ACTIONS: Final = frozenset(
     {"prepare_run", "begin_run", "end_run", "abort_run", "cancel_run", "report_run", "add_comments"}

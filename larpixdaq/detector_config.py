@@ -558,7 +558,12 @@ def _shown(value: Any) -> str:
 
 
 def _default_port(component: Component) -> int:
-    ports = {"core": config.CORE_PORT, "log": config.LOG_PORT, "metrics": config.METRICS_PORT}
+    ports = {
+        "core": config.CORE_PORT,
+        "log": config.LOG_PORT,
+        "metrics": config.METRICS_PORT,
+        "web": config.WEB_PORT,
+    }
     return ports.get(component.program.table, 0)
 
 

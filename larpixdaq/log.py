@@ -14,21 +14,23 @@ import argparse
 import contextlib
 import logging
 import os
+import secrets
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import zmq
 
 from larpixdaq import config
 from larpixdaq.constants import LOG
-from larpixdaq.control.log_file import LogRecord, line
+from larpixdaq.control.log_file import LogFiles, LogRecord, Wanted, line, parse
 from larpixdaq.control.log_shipping import unpack_record
-from larpixdaq.control.node import Node
-from larpixdaq.errors import ConfigError, FileError, ProtocolError
+from larpixdaq.control.node import Call, Node
+from larpixdaq.errors import ConfigError, FileError, ProtocolError, RequestError
 from larpixdaq.keys.curve import Admission, Doorkeeper, new_pair, receive
 from larpixdaq.keys.peer_limits import PeerLimits
 from larpixdaq.protocol.reports import LogStatus
@@ -53,6 +55,48 @@ RATE: Final = 64 << 10
 _SHARES: Final = 16
 #: Seconds between two reports of lines that were held back.
 _REPORT_INTERVAL: Final = 1.0
+#: Number of records that are kept for those who watch the log, and maximum characters of each of their texts.
+KEPT_RECORDS: Final = 1000
+_KEPT_TEXT: Final = 2000
+
+
+class RecentRecords:
+    """The last records, numbered in the order in which they came to this process, from 0."""
+
+    def __init__(self) -> None:
+        self._records: deque[LogRecord] = deque(maxlen=KEPT_RECORDS)
+        self._next = 0
+        self._process = secrets.token_hex(8)
+
+    def add(self, record: LogRecord) -> None:
+        text = record.text if len(record.text) <= _KEPT_TEXT else f"{record.text[: _KEPT_TEXT - 4]} ..."
+        self._records.append(LogRecord(record.time, record.level, record.component, text))
+        self._next += 1
+
+    def read(self, path: Path) -> None:
+        """Add the last records of the log's file. A file that cannot be read adds none."""
+        with contextlib.suppress(OSError), contextlib.closing(LogFiles(path)) as files:
+            for _, text in files.last(KEPT_RECORDS, Wanted()):
+                if (record := parse(text)) is not None:
+                    self.add(record)
+
+    def records(self, call: Call, count: int = 200, after: int = 0, process: str = "") -> dict[str, Any]:
+        """Return the last records, at most `count` (1 to 1000), from the number `after` of this process on.
+
+        Result: {"records": [{"time" (unix s), "level" (INFO, ...), "component", "text"}, ...], "next", "process"}.
+        Whoever gives the last two back as `after` and `process` gets only what is new.
+        """
+        for name, value, low in (("count", count, 1), ("after", after, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise RequestError(f"records: {name}: expected a whole number from {low} on, found {value!r:.80}")
+        new = self._next - after if process == self._process else self._next
+        wanted = max(0, min(count, new, len(self._records)))
+        last = list(self._records)[len(self._records) - wanted :]
+        found = [
+            {"time": one.time, "level": logging.getLevelName(one.level), "component": one.component, "text": one.text}
+            for one in last
+        ]
+        return {"records": found, "next": self._next, "process": self._process}
 
 
 class LogFile:
@@ -65,6 +109,7 @@ class LogFile:
     def __init__(self, path: Path, max_bytes: int = MAX_BYTES, older_files: int = OLDER_FILES) -> None:
         """`max_bytes`: of a file, when it is renamed. `older_files`: number of older files that are kept."""
         self.path = path
+        self.recent = RecentRecords()
         self._max_bytes, self._older_files = max_bytes, older_files
         self.written = 0
         self.lost = 0
@@ -77,6 +122,8 @@ class LogFile:
             self._open()
         except OSError as error:
             raise FileError(f"log file {path}: {error.strerror}") from None
+        if self._rotates:
+            self.recent.read(path)
 
     def _open(self) -> None:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
@@ -104,6 +151,7 @@ class LogFile:
                 written = line(record).encode("utf-8", "replace")
                 if self._throttle.passes(record.component, len(written)):
                     lines.append(written)
+                    self.recent.add(record)
                 else:
                     self.limits.reached(record.component, f"{RATE} bytes of lines a second")
             except ProtocolError as error:
@@ -121,10 +169,10 @@ class LogFile:
             return []
         self._report_at = time.monotonic() + _REPORT_INTERVAL
         now = time.time()
-        return [
-            line(LogRecord(now, logging.WARNING, "log", text)).encode("utf-8", "replace")
-            for text in self._throttle.summaries()
-        ]
+        held_back = [LogRecord(now, logging.WARNING, "log", text) for text in self._throttle.summaries()]
+        for record in held_back:
+            self.recent.add(record)
+        return [line(record).encode("utf-8", "replace") for record in held_back]
 
     def _append(self, lines: list[bytes]) -> None:
         try:
@@ -235,7 +283,8 @@ def serve(core: str, name: str, address: str, path: Path, max_bytes: int, older_
             found.limits += door.limits.report()
             return found
 
-        node = Node(name, LOG, core, {}, info=info, status=status, insecure=insecure)
+        actions = {"records": file.recent.records}
+        node = Node(name, LOG, core, actions, info=info, status=status, insecure=insecure)
         stack.callback(node.close)
         node.connect(signals=signals)
         poller = zmq.Poller()

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from larpixdaq import config
-from larpixdaq.constants import MAX_ATTACHMENT, NO_CORE, PRODUCER, RUN_DATA
+from larpixdaq.constants import LOG, MAX_ATTACHMENT, NO_CORE, PRODUCER, RUN_DATA
 from larpixdaq.control.client import Connection, Request, Response
 from larpixdaq.control.display import alarm_lines, status_lines
 from larpixdaq.control.prompt import show_alarms
@@ -256,6 +256,14 @@ class Operator:
         core, is started again; status() shows it. Needs no control. Result: {"levels": {name: level}}, as asked for.
         """
         return self._core("set_log_level", level=level, component=component)
+
+    def log_records(self, count: int = 100, component: str | None = None) -> Request:
+        """Get the last records of the log, at most `count` (1 to 1000).
+
+        Result: {"records": [{"time" (unix s), "level", "component", "text"}, ...], "next", "process"}. `larpixdaq log`
+        shows the whole file.
+        """
+        return self._connection.ask("records", {"count": count}, component or "", "" if component else LOG)
 
     # The online monitor (the first one, or the one named by `component`).
 

@@ -24,6 +24,7 @@ _COMMANDS: Final = {
     "plot": ("plot", "hot"),
     "shell": ("shell",),
     "keys": ("keys",),
+    "web": ("web-link",),
 }
 
 

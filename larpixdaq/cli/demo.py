@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from larpixdaq import config
+from larpixdaq import config, web
 from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, ring_files
 from larpixdaq.cli.detector import UP_LIMIT, connect
 from larpixdaq.cli.system import plain_console
@@ -33,7 +33,11 @@ from larpixdaq.operator import Operator
 from larpixdaq.producer import DEFAULT_NAME as PRODUCER
 from larpixdaq.runtime.launcher import Entry, Group, components, free_port
 from larpixdaq.runtime.units import parse_positive, parse_whole
+from larpixdaq.web.links import running_servers
 
+#: Seconds of a run, without and with --web, where Ctrl-C ends it.
+SECONDS = 10.0
+WEB_SECONDS = 600.0
 #: Maximum seconds until every process runs, and of every step of a run.
 STEP_LIMIT = 30.0
 #: Maximum seconds of the bring-up of a tile, and of its calibration.
@@ -120,7 +124,10 @@ def add_commands(commands: Any) -> None:
         "counts.",
     )
     parser.add_argument(
-        "--seconds", type=parse_positive, default=10.0, metavar="S", help="length of the run (default %(default)g)"
+        "--seconds",
+        type=parse_positive,
+        metavar="S",
+        help=f"length of the run (default {SECONDS:g}, with --web {WEB_SECONDS:g})",
     )
     parser.add_argument(
         "--rate",
@@ -153,6 +160,9 @@ def add_commands(commands: Any) -> None:
         "out; writes into DIR the calibration's report, with a picture if matplotlib is installed, and the true "
         "properties of the channels (no --rate, --io-groups, --words-per-message)",
     )
+    parser.add_argument(
+        "--web", action="store_true", help="also start the web page, and print the link to it; Ctrl-C ends the run"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=run)
 
@@ -163,6 +173,10 @@ def _words_per_message(text: str) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.seconds is None:
+        options.seconds = WEB_SECONDS if options.web else SECONDS
+    if options.web:
+        web.check(web.argument_parser().parse_args([]))
     board_rate = options.rate / options.io_groups
     if not pacman.LOWEST_RATE <= board_rate <= pacman.HIGHEST_RATE:
         raise UsageError(f"--rate: expected 10 to 1e9 packets/s for each board, found {board_rate:g}")
@@ -194,6 +208,8 @@ def _take_run(options: argparse.Namespace, group: Group, state: Path, console: C
     for module, arguments in components(core, log, options.output_dir, state, [*source, "--pacman", *boards]):
         group.start(module, *arguments)
     processes = group.entries()
+    if options.web:
+        _start_web(core, group, console)
     own = next(entry.pid for entry in processes if entry.module == "core")
     with connect(core, group.check, lambda: own) as operator:
         _wait_for(operator, {"producer", "storage", "run_data"}, group, processes)
@@ -254,6 +270,18 @@ def _start_emulator(options: argparse.Namespace, group: Group) -> subprocess.Pop
         "--count", str(words), "--words-per-message", options.words_per_message, "--lossless", "--wait-for-go",
         "--data-port", "0", "--command-port", "0", pipes=True,
     )  # fmt: skip
+
+
+def _start_web(core: str, group: Group, console: Console) -> None:
+    """Start the web server, and print its link."""
+    pid = group.start("web", "--core", core, "--address", "127.0.0.1:0").pid
+    deadline = time.monotonic() + UP_LIMIT
+    while not (links := [server.link for server in running_servers() if server.pid == pid]):
+        group.check()
+        if time.monotonic() > deadline:
+            raise ComponentError(f"waited {UP_LIMIT:g} s for the web server")
+        time.sleep(0.05)
+    console.print(f"web page: {links[0]}")
 
 
 def _judge(sent: dict[str, Any], ended: dict[str, Any], seconds: float) -> dict[str, Any]:

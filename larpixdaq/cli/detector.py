@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from larpixdaq import config, core, log, metrics, offline_storage, producer, run_data, supervisor
+from larpixdaq import config, core, log, metrics, offline_storage, producer, run_data, supervisor, web
 from larpixdaq.alarm_config import AlarmConfig, parse_alarms, read_file
 from larpixdaq.config_schema import Explanation, Program, explanations, json_schema
 from larpixdaq.constants import STOP
@@ -52,6 +52,7 @@ from larpixdaq.runtime.launcher import (
 )
 from larpixdaq.runtime.units import utc
 from larpixdaq.sources import options as source_options
+from larpixdaq.web.links import running_servers
 
 #: Maximum seconds until every process that `up` starts has registered.
 UP_LIMIT = 20.0
@@ -68,6 +69,7 @@ PROGRAMS: Final = (
     Program("emulators", "emulators", True, pacman.argument_parser, pacman.check_arguments, pacman.listening_ports),
     Program("producer", "producers", True, producer.argument_parser, source_options.create),
     Program("metrics", "metrics", False, metrics.argument_parser, metrics.check),
+    Program("web", "web", False, web.argument_parser, web.check),
 )
 
 
@@ -440,7 +442,13 @@ def _change(state: Path, plan: Plan, check: Callable[[dict[str, Entry]], None], 
         else:
             _end_all(state)
         raise
-    return _outcome(state, plan, name, before, after)
+    return "\n".join([_outcome(state, plan, name, before, after), *_web_links(after)])
+
+
+def _web_links(running: RunningSystem) -> list[str]:
+    """Return a line with the link to each web server among these processes."""
+    pids = {entry.pid for entry in running.processes if entry.module == "web"}
+    return [f"web page: {server.link}" for server in running_servers() if server.pid in pids]
 
 
 class _Waiting:

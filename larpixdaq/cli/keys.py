@@ -10,17 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import zmq
-
 from larpixdaq import config
 from larpixdaq.cli.system import plain_console
-from larpixdaq.errors import ConfigError, NoCore, RequestError, UsageError, error_from_code, printable
+from larpixdaq.control.connection import join_core
+from larpixdaq.errors import ConfigError, RequestError, UsageError, printable
 from larpixdaq.keys import credentials
 from larpixdaq.keys.credentials import Credentials
-from larpixdaq.keys.curve import Client, new_pair
 from larpixdaq.keys.key_store import MAX_OPEN, ROLES
 from larpixdaq.operator import Operator
-from larpixdaq.protocol.control import MAX_REQUEST, Answer, Join, content, pack, unpack_core
 from larpixdaq.runtime.units import parse_positive_duration, utc
 
 #: Maximum seconds until a core has answered.
@@ -235,36 +232,8 @@ def join(options: argparse.Namespace) -> int:
 
 
 def _join_one(invitation: Credentials) -> None:
-    pair = new_pair()
-    value = _ask(invitation, Join(public=pair.public, request="join"))
-    name, role = str(value["name"]), str(value["role"])
-    path = credentials.joined_file(invitation.address, name)
-    credentials.write(path, Credentials(invitation.address, invitation.server, *pair, name, role))
-    use = f"--core {invitation.address} --name {name!r}" if role == "component" else f"Operator({invitation.address!r})"
-    print(f"joined as {role} {printable(name)}: {use} finds the key in {path}", flush=True)
-
-
-def _ask(invitation: Credentials, message: Join) -> dict[str, Any]:
-    """Send a message to the core with the key of an invitation, and return its result. Raises a LarpixDaqError."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    try:
-        address, pair = invitation.address, invitation.pair
-        client = Client(context, address, MAX_REQUEST, own=pair, server=invitation.server)
-        limit, sent = time.monotonic() + _LIMIT, False
-        while time.monotonic() < limit:
-            if failure := client.look():
-                why = "does not know this invitation" if failure == "key" else "is not the one that made this token"
-                raise ConfigError(f"the core at {invitation.address} {why}: ask for a new invitation")
-            if not sent and client.socket.poll(50, zmq.POLLOUT):
-                client.socket.send(pack(message), zmq.NOBLOCK)
-                sent = True
-            if sent and client.socket.poll(50) and isinstance(answer := unpack_core(client.receive()[0].bytes), Answer):
-                if answer.kind == "error":
-                    raise error_from_code(answer.error, answer.text)
-                result: dict[str, Any] = content(answer)
-                return result
-        raise NoCore(f"no core answers at {invitation.address} (waited {_LIMIT:g} s)")
-    except zmq.ZMQError as error:
-        raise ConfigError(f"core address {invitation.address}: {error}") from None
-    finally:
-        context.destroy(0)
+    own = join_core(invitation)
+    path = credentials.joined_file(own.address, own.name)
+    credentials.write(path, own)
+    use = f"--core {own.address} --name {own.name!r}" if own.role == "component" else f"Operator({own.address!r})"
+    print(f"joined as {own.role} {printable(own.name)}: {use} finds the key in {path}", flush=True)

@@ -28,6 +28,7 @@ from larpixdaq.errors import (
     RequestTimeout,
     error_from_code,
 )
+from larpixdaq.keys.credentials import Credentials
 from larpixdaq.protocol import control
 from larpixdaq.protocol.control import Answer, FromCore, Heartbeat, Open, Update, Welcome
 
@@ -128,6 +129,7 @@ class Request(Generator[Response, None, Any]):
         self._waiting: deque[Response] = deque(maxlen=_KEPT)
         self._latest: Response | None = None
         self._final: Response | None = None
+        self._listener: Callable[[Response], None] | None = None
         self._closed = False
         self.outcome = _Outcome(action)
         weakref.finalize(self, self.outcome.release)
@@ -185,6 +187,18 @@ class Request(Generator[Response, None, Any]):
         """End the iteration; result() still works."""
         self._closed = True
 
+    def listen(self, listener: Callable[[Response], None]) -> None:
+        """Call `listener` with each Response: now with those that have come, and later ones in the connection's thread.
+
+        They are not kept for iteration then. The Request must be kept until its last Response has come.
+        """
+        self.outcome.awaited = True
+        self.outcome.mark_seen()
+        with self._changed:
+            self._listener = listener
+            while self._waiting:
+                listener(self._waiting.popleft())
+
     def _wait(self, limit: float | None, timeout: float | None) -> None:
         left = 0.25 if limit is None else min(0.25, limit - time.monotonic())
         if left <= 0:
@@ -201,9 +215,12 @@ class Request(Generator[Response, None, Any]):
             if self._final is not None:
                 return
             self._latest = response
-            self._waiting.append(response)
             if response.kind in ("result", "error"):
                 self._final = response
+            if self._listener is None:
+                self._waiting.append(response)
+            else:
+                self._listener(response)
             self._changed.notify_all()
         if response.error is not None:
             self.outcome.fail(response.error)
@@ -279,8 +296,17 @@ class _Sent:
 class Connection:
     """All open requests of one Operator. The failure of a dropped Request is printed to stderr."""
 
-    def __init__(self, core: str, name: str, *, insecure: bool = False, pid: int = 0) -> None:
-        """`pid`: as in control.Open."""
+    def __init__(
+        self,
+        core: str,
+        name: str,
+        *,
+        insecure: bool = False,
+        key: Credentials | None = None,
+        key_changed: Callable[[Credentials], None] | None = None,
+        pid: int = 0,
+    ) -> None:
+        """`key` and `key_changed`: as for CoreConnection. `pid`: as in control.Open."""
         self.name, self._pid = name, pid
         self.last_update = Update()
         self._instance = secrets.token_hex(16)
@@ -300,6 +326,8 @@ class Connection:
             refused=self._refuse,
             each_turn=self._resend,
             insecure=insecure,
+            key=key,
+            key_changed=key_changed,
         )
         self.link.start()
 
@@ -349,6 +377,16 @@ class Connection:
     def closed(self) -> bool:
         """Whether close() was called."""
         return self._closed
+
+    @property
+    def opened(self) -> bool:
+        """Whether the core has opened a session for this Operator at some time."""
+        return self._opened.is_set()
+
+    @property
+    def key_refusal(self) -> str:
+        """Why the core refuses the key; "" when it does not."""
+        return self._refusal if self._key_refused else ""
 
     def ignore_open_requests(self) -> None:
         """Print no errors of the requests that are open now."""

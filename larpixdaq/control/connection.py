@@ -4,7 +4,7 @@ The thread registers, sends heartbeats, registers again after a restart of the c
 arrive. It continues while the rest of the process waits for a disk.
 
 RecentRequests keeps the answers of recent requests. A broken connection may lose a request or its answer, and the
-sender then repeats the request with the same id; it must be done only once.
+sender then repeats the request with the same id; it must be done only once. join_core() uses an invitation.
 """
 
 from __future__ import annotations
@@ -14,27 +14,30 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import zmq
 
 from larpixdaq.constants import HEARTBEAT
-from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, ProtocolError
+from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, NoCore, ProtocolError, error_from_code
 from larpixdaq.keys import credentials
 from larpixdaq.keys.credentials import Credentials
-from larpixdaq.keys.curve import Client
+from larpixdaq.keys.curve import Client, new_pair
 from larpixdaq.protocol.control import (
     MAX_ANSWER,
+    MAX_REQUEST,
     Answer,
     Bye,
     FromClient,
     FromCore,
     Heartbeat,
+    Join,
     Open,
     Register,
     Update,
     Welcome,
+    content,
     pack,
     probe,
     split,
@@ -55,6 +58,8 @@ _LINGER: Final = 0.5
 #: is no key, because a core writes its connection file when it starts.
 _KEY_INTERVAL: Final = 1.0
 _KEY_RETRY: Final = 0.05
+#: Maximum seconds until a core has answered the use of an invitation.
+_JOIN_LIMIT: Final = 5.0
 #: Maximum number of requests that are remembered after their answer.
 _MAX_KEPT: Final = 1024
 #: Answers of more than _LARGE bytes are kept up to _MAX_BYTES in all, because 1,000 results with arrays would be GB.
@@ -72,6 +77,9 @@ class CoreConnection:
     The key for the core is looked for as that of the component `component`, or, if that is "", of an Operator. It may
     appear or change later: a core writes its connection file when it starts. A core with a new key for its next start
     says so before, and this is stored with an invitation's key. `insecure`: connect without a key.
+
+    `key`: use this key and look for no other. `key_changed` then stores it, with the core's new key in it; it is called
+    in the connection's thread.
     """
 
     def __init__(
@@ -86,6 +94,8 @@ class CoreConnection:
         each_turn: Callable[[], bool],
         component: str = "",
         insecure: bool = False,
+        key: Credentials | None = None,
+        key_changed: Callable[[Credentials], None] | None = None,
     ) -> None:
         self.core = core
         #: The key in use; None while there is none.
@@ -94,6 +104,7 @@ class CoreConnection:
         self._store_thread: threading.Thread | None = None
         self._store_error = ""
         self._component, self._insecure = component, insecure
+        self._given, self._key_changed = key, key_changed
         self.session = ""
         #: time.monotonic() of the last message from the core; 0 before the first.
         self.heard = 0.0
@@ -125,6 +136,8 @@ class CoreConnection:
 
     def _find_key(self) -> Credentials | None:
         """Return the key that is found now; FileError if it cannot be used."""
+        if self._given is not None:
+            return self._given
         return Credentials(self.core) if self._insecure else credentials.find(self.core, self._component)
 
     def _connect(self, own: Credentials) -> None:
@@ -194,6 +207,12 @@ class CoreConnection:
         if own is None or not own.name:
             return
         self.credentials = own = msgspec.structs.replace(own, next=next_server)
+        if self._given is not None:
+            if own != self._given:
+                self._given = self._stored = own
+                if self._key_changed is not None:
+                    self._key_changed(own)
+            return
         if own != self._stored and (self._store_thread is None or not self._store_thread.is_alive()):
             self._store_thread = threading.Thread(target=self._store, args=(own,), name="key file", daemon=True)
             self._store_thread.start()
@@ -408,3 +427,41 @@ class RecentRequests:
             if oldest in self._answers:  # the id stays, so that the request is not done again
                 text = "the result was lost on its way, and it was too large to be kept: ask again"
                 self._answers[oldest] = Answer(request=oldest, kind="error", text=text, error="failed")
+
+
+def join_core(invitation: Credentials) -> Credentials:
+    """Make a key pair, and have the core of an invitation accept its public key. Returns the new key, not stored.
+
+    `invitation`: as read_token() returns them. NoCore when no core answers within _JOIN_LIMIT seconds; ConfigError when
+    the core is another one or does not know the invitation; RequestError when it is not open any more.
+    """
+    pair = new_pair()
+    value = _ask_to_join(invitation, Join(public=pair.public, request="join"))
+    name, role = str(value["name"]), str(value["role"])
+    return Credentials(invitation.address, invitation.server, *pair, name, role)
+
+
+def _ask_to_join(invitation: Credentials, message: Join) -> dict[str, Any]:
+    """Send a message to the core with the key of an invitation, and return its result."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        address, pair = invitation.address, invitation.pair
+        client = Client(context, address, MAX_REQUEST, own=pair, server=invitation.server)
+        limit, sent = time.monotonic() + _JOIN_LIMIT, False
+        while time.monotonic() < limit:
+            if failure := client.look():
+                why = "does not know this invitation" if failure == "key" else "is not the one that made this token"
+                raise ConfigError(f"the core at {invitation.address} {why}: ask for a new invitation")
+            if not sent and client.socket.poll(50, zmq.POLLOUT):
+                client.socket.send(pack(message), zmq.NOBLOCK)
+                sent = True
+            if sent and client.socket.poll(50) and isinstance(answer := unpack_core(client.receive()[0].bytes), Answer):
+                if answer.kind == "error":
+                    raise error_from_code(answer.error, answer.text)
+                result: dict[str, Any] = content(answer)
+                return result
+        raise NoCore(f"no core answers at {invitation.address} (waited {_JOIN_LIMIT:g} s)")
+    except zmq.ZMQError as error:
+        raise ConfigError(f"core address {invitation.address}: {error}") from None
+    finally:
+        context.destroy(0)

@@ -39,6 +39,8 @@ class Selection(NamedTuple):
 
     `comment`: a text in the run's comment, or in a comment of the e-log. `by`: a text in the name of a shifter or an
     Operator of the run, or of a comment on it. Upper and lower case are the same.
+
+    `words`: each is in one of these texts, in kind or condition, or is the run's number. `before`: only lower numbers.
     """
 
     since_ns: int = 0
@@ -47,6 +49,8 @@ class Selection(NamedTuple):
     kind: str = ""
     comment: str = ""
     by: str = ""
+    words: Sequence[str] = ()
+    before: int = _FOREVER
 
     def query(self) -> tuple[str, list[Any]]:
         """Return a query for the numbers of the runs, the newest first, and its values."""
@@ -67,6 +71,15 @@ class Selection(NamedTuple):
             names = f"({_contains('shifter', self.by)} OR {_contains('operator', self.by)})"
             conditions.append(f"({names} OR run IN (SELECT run FROM comments WHERE {names}))")
             values += [_pattern(self.by)] * 4
+        for word in self.words:
+            texts = ("comment", "kind", "condition", "shifter", "operator")
+            in_run = " OR ".join(_contains(column, word) for column in texts)
+            in_log = " OR ".join(_contains(column, word) for column in ("text", "shifter", "operator"))
+            conditions.append(f"({in_run} OR run IN (SELECT run FROM comments WHERE {in_log}) OR run = ?)")
+            values += [_pattern(word)] * 8 + [int(word) if word.isdecimal() and len(word) < 10 else -1]
+        if self.before != _FOREVER:
+            conditions.append("run < ?")
+            values.append(self.before)
         return f"SELECT run FROM runs WHERE {' AND '.join(conditions)} ORDER BY run DESC", values
 
 

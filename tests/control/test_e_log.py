@@ -89,6 +89,12 @@ def test_searches_know_no_case_in_any_script(tmp_path):
             assert found.select(Selection(comment=text), 9) == numbers, text
         for name, numbers in (("ωMEGA", [2]), ("ŁUK", [3]), ("зоя", [4]), ("me", [4, 3, 2, 1]), ("Z@DAQ", [4])):
             assert found.select(Selection(by=name), 9) == numbers, name
+        for words, numbers in (
+            ("beam %", [1]), ("2", [2]), ("ÄRGER ωmega", [2]), ("ärger Łuk", []), ("straSSe ЗОЯ complete", [4]),
+            ("", [4, 3, 2, 1]), ("physics", [4, 3, 2, 1]), ("9" * 30, []), ("x gesperrt", [4]),
+        ):  # fmt: skip
+            assert found.select(Selection(words=words.split()), 9) == numbers, words
+        assert found.select(Selection(words=["me"], before=3), 1) == [2]
 
 
 def test_rows_of_the_e_log_are_only_appended(tmp_path):

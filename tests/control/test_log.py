@@ -19,9 +19,9 @@ from processes import LIMIT, Process, free_port, until
 from larpixdaq.control import log_shipping
 from larpixdaq.control.log_file import LogRecord
 from larpixdaq.control.log_shipping import LimitedLog, LogShipper, unpack_record
-from larpixdaq.errors import FileError, ProtocolError
+from larpixdaq.errors import FileError, ProtocolError, RequestError
 from larpixdaq.keys.curve import Doorkeeper
-from larpixdaq.log import LogFile, line, listen, main
+from larpixdaq.log import LogFile, RecentRecords, line, listen, main
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.control import Endpoint
 from larpixdaq.runtime.event_loop import run_main
@@ -363,3 +363,46 @@ def test_the_log_without_a_core(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "no core answers" in error
     assert error.count("\n") == 1
+
+
+class Kept(list):
+    """What a watcher of the log has got so far, in the place of a call's result."""
+
+    def watch(self, recent: RecentRecords, count: int = 200, **position: object) -> dict[str, object]:
+        found = recent.records(None, count, **position)
+        self += [one["text"] for one in found["records"]]
+        return {"after": found["next"], "process": found["process"]}
+
+
+@given(st.lists(st.integers(0, 5), max_size=20))
+def test_watchers_get_each_recent_record_once(numbers):
+    recent, watcher, late = RecentRecords(), Kept(), Kept()
+    position, texts = {}, []
+    for number in numbers:
+        new = [f"{len(texts) + index}" for index in range(number)]
+        for text in new:
+            recent.add(LogRecord(1.5, 30, "name", text))
+        texts += new
+        position = watcher.watch(recent, **position)
+    assert watcher == texts
+    late.watch(recent, count=3)
+    assert late == texts[-3:]
+    assert Kept().watch(recent, after=10**9, process="of an earlier log")["after"] == len(texts)
+    assert recent.records(None, 1, after=10**9, process=position.get("process", ""))["records"] == []
+
+
+def test_recent_records_of_an_earlier_log(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text(
+        line(LogRecord(1.5, 30, "first", "a" * 3000)) + "damaged\n" + line(LogRecord(2.5, 20, "second", "b"))
+    )
+    file = LogFile(path)
+    found = file.recent.records(None)["records"]
+    file.close()
+    assert [(one["time"], one["level"], one["component"]) for one in found] == [
+        (1.5, "WARNING", "first"), (2.5, "INFO", "second"),
+    ]  # fmt: skip
+    assert found[0]["text"] == "a" * 1996 + " ..."
+    for wrong in ({"count": 0}, {"count": True}, {"after": -1}, {"count": "x"}):
+        with pytest.raises(RequestError, match="expected a whole number"):
+            file.recent.records(None, **wrong)

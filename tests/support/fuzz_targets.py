@@ -58,6 +58,7 @@ from larpixdaq.protocol import control, hardware, io_class, packed_rows, stream
 from larpixdaq.runtime import record_file
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.schema import Asic
+from larpixdaq.web import open_page, page
 
 ROWS = [
     (Asic.V1, schema.PACKETS_1_0),
@@ -947,6 +948,34 @@ def other_frames(data: bytes) -> None:
             credentials.read_token(given.left.decode("utf-8", "replace"))
 
 
+def web_frames(data: bytes) -> None:
+    """Frames of a page, and results as it gets them."""
+    given = Input(data)
+    if given.number() & 1:
+        try:
+            frame = open_page.read_frame(given.left.decode("utf-8", "replace"))
+        except ProtocolError as error:
+            one_line(error)
+            return
+        assert open_page.read_frame(msgspec.json.encode(frame).decode()) == frame
+        if isinstance(frame, open_page.Ask):
+            with contextlib.suppress(ProtocolError):
+                control.pack(control.ActionRequest(action=frame.action, params=frame.params))
+    else:
+        answer = control.Answer(kind="result", value=msgspec.Raw(given.left))
+        with contextlib.suppress(ProtocolError):
+            read_json(page.to_json(control.content(answer)))
+
+
+def read_json(text: bytes) -> Any:
+    """Read JSON, in which NaN and infinity are errors, as they are in a browser."""
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(name)
+
+    return json.loads(text.decode(), parse_constant=refuse)
+
+
 class _Connection(io.BytesIO):
     """Stands in for the socket of a request; `sent` is the answer."""
 
@@ -1041,12 +1070,21 @@ def frame_seeds() -> dict[str, Iterator[bytes]]:
         yield b"POST /metrics HTTP/1.1\r\nContent-Length: 5\r\n\r\nabcde"
         yield b"GET /metrics\r\n"
 
+    def of_web() -> Iterator[bytes]:
+        yield b'\1{"type":"request","id":"1","action":"comment","params":{"text":"a","run":null},"kind":"producer"}'
+        yield b'\1{"type":"watch","pixels":"rate","histogram":{"io_group":1},"packets":{"count":5,"types":[0,1]}}'
+        table = np.zeros(2, [("a", "u1"), ("b", "<f4"), ("c", "<u8"), ("d", "S3")])
+        table["b"], table["c"] = np.nan, 2**63
+        yield b"\0" + bytes(control.packed({"rows": table, 1: [1.5, None, b"\xff"], "text": "</script>"}))
+        yield b"\0" + bytes(control.packed(np.arange(6, dtype="<i8").reshape(2, 3)))
+
     return {
         "stream_frames": of_stream(),
         "packed_blocks": of_packed(),
         "control_frames": of_control(),
         "other_frames": of_others(),
         "http_requests": of_http(),
+        "web_frames": of_web(),
     }
 
 
@@ -1074,6 +1112,7 @@ TARGETS: dict[str, dict[str, Callable[[bytes], None]]] = {
         "control_frames": control_frames,
         "other_frames": other_frames,
         "http_requests": http_requests,
+        "web_frames": web_frames,
     },
 }
 #: Target -> inputs that belong to it, from which a search begins.

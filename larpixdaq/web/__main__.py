@@ -1,0 +1,5 @@
+import sys
+
+from larpixdaq.web import main
+
+sys.exit(main())
