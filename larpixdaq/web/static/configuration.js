@@ -1,0 +1,925 @@
+// Tab Configuration: boards and their power, chips and their registers, snapshots, and any other action.
+
+import {
+  Facts,
+  Table,
+  ask,
+  button,
+  element,
+  field,
+  input,
+  panel,
+  resultNode,
+  select,
+  setAttribute,
+  setOptions,
+  setText,
+} from "./elements.js";
+import { count, cut, inline, known, plural } from "./format.js";
+import { components } from "./health.js";
+
+const SHOWN = 2000; // differences in a table
+const PIECE = 40_000; // characters of the values in one request to write
+const QUERIES = new Set([
+  "state",
+  "components",
+  "actions",
+  "status",
+  "run_info",
+  "alarms",
+  "packet_rate",
+  "packets",
+  "messages",
+  "adc_histogram",
+  "summary",
+  "pixel_map",
+  "pixel",
+  "list_routines",
+  "board_status",
+  "get_boards",
+  "ping",
+  "retrieve_configuration",
+  "retrieve_pixel_layout",
+  "records",
+]);
+
+// A text of the form as a list of chip keys; null for all.
+export function chipsOf(text) {
+  const chips = text.split(/[\s,;]+/).filter(Boolean);
+  return !chips.length || (chips.length === 1 && chips[0] === "all") ? null : chips;
+}
+
+const valueText = (value) =>
+  Array.isArray(value)
+    ? value.every((part) => part === value[0]) && value.length > 1
+      ? `${value.length} × ${value[0]}`
+      : value.join(" ")
+    : value === undefined || value === null
+      ? "–"
+      : String(value);
+
+// A value as a person writes it: a number, several numbers with blanks or commas between them, or "64 × 0" for equal ones.
+export function parseValue(text) {
+  const repeated = /^\s*(\d+)\s*[×x*]\s*(\d+)\s*$/.exec(text);
+  if (repeated) return new Array(Number(repeated[1])).fill(Number(repeated[2]));
+  const parts = text.trim().split(/[\s,]+/);
+  const numbers = parts.map((part) => Number(part));
+  if (!text.trim() || numbers.some((number) => !Number.isInteger(number) || number < 0))
+    throw new Error(`expected whole numbers, found ${cut(text, 40) || "nothing"}`);
+  return numbers.length === 1 ? numbers[0] : numbers;
+}
+
+export class ConfigurationTab {
+  constructor(app) {
+    this.app = app;
+    this.live = app.live;
+    this.requests = app.requests;
+    this.known = {}; // register: {wanted, confirmed} of the chip shown
+    this.chip = "";
+    this.producer = select([], { "aria-label": "Producer" });
+    this.changes = []; // buttons that change something
+    this.node = element(
+      "div",
+      { class: "grid configuration-grid" },
+      element("div", { class: "column" }, this.boardPanel(), this.actionPanel()),
+      element("div", { class: "column" }, this.chipPanel(), this.registerPanel()),
+      element("div", { class: "column" }, this.comparePanel(), this.snapshotPanel()),
+    );
+  }
+
+  // A button that changes something: greyed out without the right to.
+  changing(text, click, attributes = {}) {
+    const made = button(text, click, attributes);
+    this.changes.push(made);
+    return made;
+  }
+
+  // Requests an action of the chosen producer; a failure is shown, and null is returned.
+  do(title, action, params = {}, options = {}) {
+    return this.requests.try(title, action, params, { component: this.producer.value, ...options });
+  }
+
+  // As do(), after a confirmation.
+  async doAfter(question, title, action, params) {
+    return (await ask({
+      title: question.title,
+      lines: question.lines,
+      action: question.action,
+      danger: question.danger,
+    }))
+      ? this.do(title, action, params)
+      : null;
+  }
+
+  boardPanel() {
+    this.boardFacts = new Facts("Boards and chips");
+    this.boards = new Table(
+      "Boards of the producer",
+      [
+        { title: "io_group", number: true, text: (row) => String(row.io_group) },
+        { title: "kind", text: (row) => row.kind },
+        { title: "board", wide: true, text: (row) => row.name },
+        { title: "revision", number: true, text: (row) => String(row.revision ?? "not known") },
+      ],
+      { empty: "the producer reads no board" },
+    );
+    this.networks = new Table(
+      "Networks",
+      [
+        { title: "io_group", number: true, text: (row) => String(row.io_group) },
+        { title: "io_channel", number: true, text: (row) => String(row.io_channel) },
+        { title: "chips", number: true, text: (row) => count(row.chips) },
+      ],
+      { empty: "no chip is known: load a board file" },
+    );
+    this.status = element("div", {
+      class: "table board-status",
+      tabindex: "0",
+      role: "region",
+      "aria-label": "Status of the boards",
+    });
+    this.group = input({ placeholder: "all", size: "6", inputmode: "numeric" });
+    this.tiles = input({ placeholder: "all", size: "8" });
+    this.vdda = input({ placeholder: "as it is", size: "8", inputmode: "numeric" });
+    this.vddd = input({ placeholder: "as it is", size: "8", inputmode: "numeric" });
+    this.ramp = element("input", { type: "checkbox" });
+    this.length = input({ value: "256", size: "6", inputmode: "numeric" });
+    this.ratio = input({ placeholder: "2", size: "5", inputmode: "numeric" });
+    this.channel = input({ placeholder: "all", size: "5", inputmode: "numeric" });
+    const made = panel(
+      "Boards",
+      { class: "board-control" },
+      element(
+        "div",
+        { class: "row" },
+        field("Producer", this.producer).row,
+        field("io_group", this.group).row,
+        button("Known boards", () => this.getBoards()),
+        button("Ping", () => this.ping()),
+        button("Status and supplies", () => this.boardStatus()),
+      ),
+      this.boards.node,
+      this.boardFacts.node,
+      this.status,
+      element("h3", {}, "Power"),
+      element(
+        "div",
+        { class: "row" },
+        field("tiles", this.tiles).row,
+        field("VDDA DAC", this.vdda).row,
+        field("VDDD DAC", this.vddd).row,
+        field("ramp", this.ramp).row,
+        this.changing("Power on…", () => this.power(true)),
+        this.changing("Power off…", () => this.power(false), { class: "danger" }),
+      ),
+      element("h3", {}, "Reset and UART clock"),
+      element(
+        "div",
+        { class: "row" },
+        field("reset, ticks", this.length).row,
+        this.changing("Reset chips…", () => this.reset(), { class: "danger" }),
+        field("io_channel", this.channel).row,
+        field("ticks a bit", this.ratio).row,
+        this.changing("Set UART clock…", () => this.uartClock()),
+      ),
+    );
+    this.producer.addEventListener("change", () => this.getBoards());
+    return made.panel;
+  }
+
+  chipPanel() {
+    this.boardFile = input({ placeholder: "tile.json", size: "24" });
+    this.layoutFile = input({ placeholder: "layout-2.4.0.yaml", size: "24" });
+    const made = panel(
+      "Chips and networks",
+      { class: "chip-files" },
+      element(
+        "div",
+        { class: "row" },
+        field("Board file, on the producer's machine", this.boardFile).row,
+        this.changing("Load board file…", () => this.loadBoard()),
+        this.changing("Bring up networks…", () => this.configureNetwork()),
+      ),
+      element(
+        "div",
+        { class: "row" },
+        field("Pixel layout, on the producer's machine", this.layoutFile).row,
+        this.changing("Load pixel layout", () => this.loadLayout()),
+      ),
+      element("div", { class: "scroll-box" }, this.networks.node),
+    );
+    return made.panel;
+  }
+
+  registerPanel() {
+    this.chipName = input({ placeholder: "1-1-11", size: "10", list: "chip-keys" });
+    this.keys = element("datalist", { id: "chip-keys" });
+    this.registerFilter = input({
+      placeholder: "part of a register's name",
+      size: "20",
+      "aria-label": "Filter of registers",
+    });
+    this.registerFilter.addEventListener("input", () => this.showRegisters());
+    this.registers = new Table(
+      "Registers of the chip",
+      [
+        { title: "register", text: (row) => row.name },
+        {
+          title: "wanted",
+          wide: true,
+          text: (row) => cut(valueText(row.wanted), 60),
+          hint: (row) => valueText(row.wanted),
+        },
+        {
+          title: "read last",
+          wide: true,
+          text: (row) => cut(valueText(row.confirmed), 60),
+          hint: (row) => valueText(row.confirmed),
+          level: (row) =>
+            row.confirmed !== undefined && valueText(row.confirmed) !== valueText(row.wanted) ? "warning" : "",
+        },
+        {
+          title: "new value",
+          node: (row) => {
+            const entry = input({ size: "10", "aria-label": `New value of ${row.name}`, data: { register: row.name } });
+            entry.addEventListener("input", () => this.countChanges());
+            return entry;
+          },
+        },
+      ],
+      { empty: "no register is known of this chip" },
+    );
+    this.everyChip = element("input", { type: "checkbox" });
+    this.writeButton = this.changing("Write…", () => this.writeChanges(), { class: "primary" });
+    const show = element(
+      "form",
+      { class: "row" },
+      field("Chip", this.chipName).row,
+      this.keys,
+      element("button", { type: "submit" }, "Show known values"),
+      this.changing("Read from the chip", () => this.readChip()),
+      this.registerFilter,
+    );
+    show.addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.showChip();
+    });
+    const made = panel(
+      "Registers",
+      { class: "registers" },
+      show,
+      element("div", { class: "scroll-box" }, this.registers.node),
+      element(
+        "div",
+        { class: "row" },
+        field("to all known chips", this.everyChip).row,
+        this.writeButton,
+        this.changing("Write all wanted values…", () => this.writeWanted()),
+      ),
+    );
+    this.registerNote = made.note;
+    return made.panel;
+  }
+
+  comparePanel() {
+    this.compareChips = input({ placeholder: "all", size: "20" });
+    this.compareRegisters = input({ placeholder: "all", size: "20" });
+    this.compareFacts = new Facts("Result of the comparison");
+    this.differences = new Table(
+      "Differences",
+      [
+        { title: "chip", text: (row) => row.chip },
+        { title: "register", text: (row) => row.register },
+        { title: "wanted", wide: true, number: true, text: (row) => String(row.expected) },
+        {
+          title: "found",
+          number: true,
+          text: (row) => (known(row.found) ? String(row.found) : "no answer"),
+          level: () => "warning",
+        },
+      ],
+      { empty: "no difference was found" },
+    );
+    this.differences.node.hidden = true;
+    const made = panel(
+      "Compare",
+      { class: "compare" },
+      element(
+        "div",
+        { class: "row" },
+        field("Chips", this.compareChips).row,
+        field("Registers", this.compareRegisters).row,
+        this.changing("Read and compare", () => this.compare("validate_configuration")),
+        this.changing("Write anew what differs…", () => this.enforce()),
+      ),
+      this.compareFacts.node,
+      element("div", { class: "scroll-box" }, this.differences.node),
+    );
+    this.compareNote = made.note;
+    return made.panel;
+  }
+
+  snapshotPanel() {
+    this.snapshotFile = element("input", { type: "file", accept: ".json,application/json" });
+    this.snapshotFacts = element("p", { "aria-live": "polite" });
+    this.snapshotTable = new Table(
+      "Differences from the snapshot",
+      [
+        { title: "chip", text: (row) => row.chip },
+        { title: "register", text: (row) => row.register },
+        { title: "snapshot", wide: true, text: (row) => cut(valueText(row.old), 60) },
+        { title: "wanted now", wide: true, text: (row) => cut(valueText(row.present), 60) },
+      ],
+      { empty: "no difference" },
+    );
+    this.snapshotTable.node.hidden = true;
+    this.restoreButton = this.changing("Write the snapshot's values…", () => this.restore());
+    this.restoreButton.hidden = true;
+    this.snapshotFile.addEventListener("change", () => this.openSnapshot());
+    return panel(
+      "Snapshots",
+      { class: "snapshots" },
+      element(
+        "p",
+        { class: "note" },
+        "A snapshot is a file with the known register values of all chips, kept by your browser.",
+      ),
+      element(
+        "div",
+        { class: "row" },
+        button("Save a snapshot", () => this.saveSnapshot()),
+        field("Compare with a snapshot", this.snapshotFile).row,
+        this.restoreButton,
+      ),
+      this.snapshotFacts,
+      element("div", { class: "scroll-box" }, this.snapshotTable.node),
+    ).panel;
+  }
+
+  actionPanel() {
+    this.target = select([], { "aria-label": "Component" });
+    this.action = select([], { "aria-label": "Action" });
+    this.params = element("textarea", { rows: "2", cols: "40", spellcheck: "false", placeholder: '{"count": 10}' });
+    this.answer = element("div", { class: "scroll-box" });
+    this.target.addEventListener("change", () => this.showActions());
+    const form = element(
+      "form",
+      { class: "row" },
+      field("Component", this.target).row,
+      field("Action", this.action).row,
+      field("Parameters, as a JSON object", this.params).row,
+      element("button", { type: "submit" }, "Request…"),
+    );
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.callAction();
+    });
+    return panel("Any action", { class: "any-action" }, form, this.answer).panel;
+  }
+
+  // Boards.
+
+  groups() {
+    return numbers(this.group.value, "io_group");
+  }
+
+  // Runs a handler that reads the form; a wrong entry becomes one line.
+  async guarded(title, work) {
+    try {
+      return await work();
+    } catch (error) {
+      this.requests.add(title).show("error", error.message);
+      return null;
+    }
+  }
+
+  async getBoards() {
+    const found = await this.do("known boards", "get_boards", {}, { quiet: true });
+    if (!found) return;
+    this.boards.update(found.boards, (row) => row.io_group);
+    this.networks.update(found.networks, (row) => `${row.io_group} ${row.io_channel}`);
+    this.boardFacts.fill([
+      ["board", found.board || "none loaded"],
+      ["file", found.file || "–"],
+      ["chips", `${count(found.chips)} of generation ${found.asic}`],
+    ]);
+    this.askKeys(found);
+  }
+
+  async askKeys(found) {
+    if (!found.chips) return;
+    const name = { 1: "global_threshold" }[found.asic] ?? "threshold_global";
+    const values = await this.do("known chips", "retrieve_configuration", { registers: name }, { quiet: true });
+    const keys = Object.keys(values ?? {});
+    this.keys.replaceChildren(...keys.slice(0, 10_000).map((key) => element("option", { value: key })));
+    if (!this.chipName.value && keys.length) this.chipName.value = keys[0];
+  }
+
+  ping() {
+    return this.guarded("ping", async () => {
+      const found = await this.do("ping", "ping", { io_group: this.groups() });
+      if (found)
+        this.status.replaceChildren(
+          resultNode(
+            Object.entries(found).map(([io_group, answers]) => ({
+              io_group: Number(io_group),
+              answers: answers ? "yes" : "NO ANSWER",
+            })),
+          ),
+        );
+    });
+  }
+
+  boardStatus() {
+    return this.guarded("status of boards", async () => {
+      const found = await this.do("status of boards", "board_status", { io_group: this.groups() });
+      if (found) this.showStatus(found);
+    });
+  }
+
+  showStatus(found) {
+    const facts = found.map(({ supplies, doubts, ...rest }) => rest);
+    const supplies = found.flatMap((board) =>
+      (board.supplies ?? []).map((supply) => ({ io_group: board.io_group, ...withUnits(supply) })),
+    );
+    const doubts = [...new Set(found.flatMap((board) => board.doubts ?? []))];
+    this.status.replaceChildren(
+      transposed(facts, "io_group"),
+      ...(supplies.length ? [resultNode(supplies)] : []),
+      ...doubts.map((doubt) => element("p", { data: { level: "warning" } }, doubt)),
+    );
+  }
+
+  power(on) {
+    return this.guarded("power", async () => {
+      const params = { on, tiles: numbers(this.tiles.value, "tiles"), io_group: this.groups() };
+      if (on)
+        Object.assign(params, {
+          vdda_dac: number(this.vdda.value, "VDDA DAC"),
+          vddd_dac: number(this.vddd.value, "VDDD DAC"),
+          ramp: this.ramp.checked,
+        });
+      const where = `tiles ${this.tiles.value || "all"} of io_group ${this.group.value || "all"}`;
+      const found = await this.doAfter(
+        {
+          title: `Power ${on ? "on" : "off"}?`,
+          lines: [
+            where,
+            on
+              ? `VDDA DAC ${params.vdda_dac ?? "as it is"}, VDDD DAC ${params.vddd_dac ?? "as it is"}${params.ramp ? ", in steps from 0" : ""}`
+              : "The chips lose their configuration.",
+          ],
+          action: `Power ${on ? "on" : "off"}`,
+          danger: !on,
+        },
+        `power ${on ? "on" : "off"}`,
+        "power",
+        params,
+      );
+      if (found) this.showStatus(found);
+    });
+  }
+
+  reset() {
+    return this.guarded("reset", async () => {
+      const params = { length: number(this.length.value, "reset, ticks") ?? 256, io_group: this.groups() };
+      const found = await this.doAfter(
+        {
+          title: "Reset the chips?",
+          lines: [
+            `For ${params.length} ticks of the chips' clock, io_group ${this.group.value || "all"}. They may lose their configuration.`,
+          ],
+          action: "Reset chips",
+          danger: true,
+        },
+        "reset",
+        "reset",
+        params,
+      );
+      if (found) this.status.replaceChildren(resultNode(found));
+    });
+  }
+
+  uartClock() {
+    return this.guarded("UART clock", async () => {
+      const ratio = number(this.ratio.value, "ticks a bit");
+      if (ratio === null) throw new Error("ticks a bit: expected a whole number from 1 to 255, found nothing");
+      const params = { ratio, io_channel: numbers(this.channel.value, "io_channel"), io_group: this.groups() };
+      const found = await this.doAfter(
+        {
+          title: "Set the UART clock?",
+          lines: [
+            `${ratio} clock ticks a bit, io_channel ${this.channel.value || "all"} of io_group ${this.group.value || "all"}. Chips with another setting are not heard then.`,
+          ],
+          action: "Set UART clock",
+        },
+        "UART clock",
+        "set_uart_clock",
+        params,
+      );
+      if (found) this.status.replaceChildren(resultNode(found));
+    });
+  }
+
+  async loadBoard() {
+    const file = this.boardFile.value.trim();
+    const found = await this.doAfter(
+      {
+        title: "Load this board file?",
+        lines: [`${file || "(no name)"}: its chips replace those that are known.`],
+        action: "Load board file",
+      },
+      `load board ${file}`,
+      "load_board",
+      { file },
+    );
+    if (found) this.getBoards();
+  }
+
+  async configureNetwork() {
+    const found = await this.doAfter(
+      {
+        title: "Bring up the networks?",
+        lines: ["All chips of the board file are configured, root first, and read back."],
+        action: "Bring up networks",
+      },
+      "bring up networks",
+      "configure_network",
+    );
+    if (found) this.showComparison(found, "networks");
+  }
+
+  async loadLayout() {
+    const name = this.layoutFile.value.trim();
+    const found = await this.do(`pixel layout ${name}`, "load_pixel_layout", { name });
+    if (found)
+      this.boardFacts.fill([
+        ["pixel layout", `${found.name}, version ${found.version ?? "not known"}`],
+        ["pixels", count(found.pixels)],
+        ["tiles", count(found.tiles)],
+        ["pitch", known(found.pitch) ? `${found.pitch} mm` : "not known"],
+        ["x", `${found.x?.join(" to ") || "–"} mm`],
+        ["y", `${found.y?.join(" to ") || "–"} mm`],
+      ]);
+  }
+
+  // Registers.
+
+  async showChip() {
+    const chip = this.chipName.value.trim();
+    if (!chip) {
+      this.chipName.focus();
+      return;
+    }
+    const found = await this.do(`known values of ${chip}`, "retrieve_configuration", { chip }, { quiet: true });
+    if (!found) return;
+    [[this.chip, this.known]] = Object.entries(found);
+    this.registers.update([], () => "");
+    this.showRegisters();
+  }
+
+  showRegisters() {
+    const names = [...new Set([...Object.keys(this.known.wanted ?? {}), ...Object.keys(this.known.confirmed ?? {})])];
+    const text = this.registerFilter.value.toLowerCase();
+    const rows = names
+      .filter((name) => name.toLowerCase().includes(text))
+      .map((name) => ({ name, wanted: this.known.wanted?.[name], confirmed: this.known.confirmed?.[name] }));
+    this.registers.update(rows, (row) => row.name);
+    const different = names.filter(
+      (name) =>
+        this.known.confirmed?.[name] !== undefined &&
+        valueText(this.known.confirmed[name]) !== valueText(this.known.wanted?.[name]),
+    ).length;
+    const unread = names.filter((name) => this.known.confirmed?.[name] === undefined).length;
+    setText(
+      this.registerNote,
+      this.chip
+        ? `chip ${this.chip}: ${plural(names.length, "register")}, ${different} read back different, ${unread} never read back`
+        : "",
+    );
+    this.countChanges();
+  }
+
+  async readChip() {
+    const chip = this.chipName.value.trim();
+    if (!chip) {
+      this.chipName.focus();
+      return;
+    }
+    if (await this.do(`read ${chip}`, "read_configuration", { chip })) this.showChip();
+  }
+
+  edited() {
+    return [...this.registers.node.querySelectorAll("input[data-register]")]
+      .filter((entry) => entry.value.trim())
+      .map((entry) => [entry.dataset.register, entry.value]);
+  }
+
+  countChanges() {
+    const edits = this.edited().length;
+    setText(this.writeButton, edits ? `Write ${plural(edits, "register")}…` : "Write…");
+  }
+
+  writeChanges() {
+    return this.guarded("write registers", async () => {
+      const edited = this.edited();
+      if (!edited.length) throw new Error("no new value is given");
+      const values = Object.fromEntries(
+        edited.map(([name, text]) => {
+          try {
+            return [name, parseValue(text)];
+          } catch (error) {
+            throw new Error(`${name}: ${error.message}`, { cause: error });
+          }
+        }),
+      );
+      const where = this.everyChip.checked ? "all" : this.chip;
+      const lines = Object.entries(values).map(
+        ([name, value]) => `${name}: ${valueText(this.known.wanted?.[name])} → ${valueText(value)}`,
+      );
+      const written = await this.doAfter(
+        {
+          title: `Write ${plural(lines.length, "register")} of ${where === "all" ? "ALL known chips" : `chip ${where}`}?`,
+          lines: [...lines.slice(0, 12), ...(lines.length > 12 ? [`and ${lines.length - 12} more`] : [])],
+          action: "Write",
+          danger: where === "all",
+        },
+        `write registers of ${where}`,
+        "send_configuration",
+        { updates: { [where]: values } },
+      );
+      if (written) await this.readBack(where === "all" ? this.chip : where, Object.keys(values));
+    });
+  }
+
+  // Chips do not confirm a write: only a value that was read back is known.
+  async readBack(chip, registers) {
+    await this.do(`read back ${chip}`, "read_configuration", { chip, registers });
+    await this.showChip();
+  }
+
+  async writeWanted() {
+    const chip = chipsOf(this.chipName.value);
+    await this.doAfter(
+      {
+        title: "Write all wanted values?",
+        lines: [
+          chip ? `All registers of ${chip.join(", ")}.` : "All registers of ALL known chips.",
+          "Chips do not confirm a write: compare afterwards.",
+        ],
+        action: "Write",
+        danger: !chip,
+      },
+      "write wanted values",
+      "write_configuration",
+      { chip },
+    );
+  }
+
+  // Comparison.
+
+  selection() {
+    const registers = this.compareRegisters.value
+      .split(/[\s,;]+/)
+      .filter(Boolean)
+      .map((name) => (/^\d+$/.test(name) ? Number(name) : name));
+    return { chip: chipsOf(this.compareChips.value), registers: registers.length ? registers : null };
+  }
+
+  async compare(action, title = "compare") {
+    const found = await this.do(title, action, this.selection());
+    if (found) this.showComparison(found, title);
+  }
+
+  async enforce() {
+    const { chip } = this.selection();
+    if (
+      await ask({
+        title: "Write anew what differs?",
+        lines: [
+          `Registers of ${chip ? chip.join(", ") : "all chips"} are read, and those that differ from the wanted values are written, three times at most.`,
+        ],
+        action: "Write what differs",
+      })
+    )
+      await this.compare("enforce_configuration", "write anew what differs");
+  }
+
+  showComparison(found, title) {
+    const facts = [
+      [
+        "result",
+        found.ok ? "every register that was read has its wanted value" : "NOT as wanted",
+        found.ok ? "" : "alarm",
+      ],
+      ["read", `${plural(found.registers, "register")} of ${plural(found.chips, "chip")}`],
+      ["different", plural(found.different, "register"), found.different ? "warning" : ""],
+    ];
+    if (known(found.written)) facts.push(["written anew", plural(found.written, "register")]);
+    if (known(found.tries)) facts.push(["tries", count(found.tries)]);
+    const lists = {
+      silent: "silent chips",
+      unanswered: "without an answer",
+      answered_twice: "answered twice",
+      contradicting: "contradicting",
+      board_errors: "errors of boards",
+    };
+    for (const [name, words] of Object.entries(lists))
+      if (found[name]?.length)
+        facts.push([words, `${found[name].length}: ${cut(found[name].join(", "), 400)}`, "warning"]);
+    for (const [name, words] of Object.entries({
+      asked_again: "read more than once",
+      bad_parity: "with bad parity, ignored",
+      strange_answers: "without a question, ignored",
+    }))
+      if (found[name]) facts.push([words, count(found[name]), "warning"]);
+    this.compareFacts.fill(facts);
+    setText(this.compareNote, title);
+    this.differences.node.hidden = false;
+    this.differences.update(found.differences.slice(0, SHOWN), (row) => `${row.chip} ${row.address}`);
+    if (found.differences.length < found.different || found.differences.length > SHOWN)
+      setText(
+        this.compareNote,
+        `${title}: the first ${Math.min(SHOWN, found.differences.length)} of ${count(found.different)} differences`,
+      );
+  }
+
+  // Snapshots.
+
+  async saveSnapshot() {
+    const found = await this.do("snapshot", "retrieve_configuration", {});
+    if (!found) return;
+    const time = new Date(this.live.now() * 1000).toISOString();
+    const snapshot = {
+      larpixdaq_snapshot: 1,
+      time,
+      producer: this.producer.value,
+      run: this.live.state.status?.run?.run ?? null,
+      chips: found,
+    };
+    const link = element("a", {
+      href: URL.createObjectURL(new Blob([JSON.stringify(snapshot)], { type: "application/json" })),
+      download: `configuration_${time.slice(0, 19).replaceAll(/[-:]/g, "")}Z.json`,
+    });
+    document.body.append(link);
+    link.click();
+    link.remove();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+    setText(
+      this.snapshotFacts,
+      `saved: ${plural(Object.keys(found).length, "chip")}, as they were known at ${time.slice(0, 19).replace("T", " ")} UTC`,
+    );
+  }
+
+  openSnapshot() {
+    return this.guarded("snapshot", async () => {
+      const [file] = this.snapshotFile.files;
+      if (!file) return;
+      const snapshot = JSON.parse(await file.text());
+      if (snapshot.larpixdaq_snapshot !== 1 || typeof snapshot.chips !== "object")
+        throw new Error(`${file.name}: is no snapshot of this page`);
+      const found = await this.do("known values", "retrieve_configuration", {}, { quiet: true });
+      if (!found) return;
+      const rows = [];
+      const absent = Object.keys(snapshot.chips).filter((chip) => !(chip in found));
+      for (const [chip, { wanted }] of Object.entries(snapshot.chips)) {
+        for (const [register, old] of Object.entries(wanted ?? {})) {
+          const present = found[chip]?.wanted?.[register];
+          if (chip in found && valueText(present) !== valueText(old)) rows.push({ chip, register, old, present });
+        }
+      }
+      this.restorable = rows;
+      this.snapshotTable.node.hidden = false;
+      this.snapshotTable.update(rows.slice(0, SHOWN), (row) => `${row.chip} ${row.register}`);
+      setText(
+        this.snapshotFacts,
+        `${file.name}, of ${String(snapshot.time).slice(0, 19).replace("T", " ")} UTC: ${plural(rows.length, "register")} different${absent.length ? `; ${plural(absent.length, "chip")} of it not known now` : ""}${rows.length > SHOWN ? `; the first ${SHOWN} are shown` : ""}`,
+      );
+      this.restoreButton.hidden = !rows.length;
+    });
+  }
+
+  async restore() {
+    const rows = this.restorable ?? [];
+    if (
+      !(await ask({
+        title: `Write ${plural(rows.length, "register")} as in the snapshot?`,
+        lines: ["The wanted values become those of the snapshot, and these registers are written."],
+        action: "Write",
+        danger: true,
+      }))
+    )
+      return;
+    const pieces = [{}];
+    let size = 0;
+    for (const { chip, register, old } of rows) {
+      size += register.length + JSON.stringify(old).length + 8 + (pieces.at(-1)[chip] ? 0 : chip.length + 8);
+      if (size > PIECE) {
+        pieces.push({});
+        size = 0;
+      }
+      (pieces.at(-1)[chip] ??= {})[register] = old;
+    }
+    for (const [place, updates] of pieces.entries()) {
+      const title = pieces.length > 1 ? `snapshot, piece ${place + 1} of ${pieces.length}` : "snapshot";
+      if (!(await this.do(title, "send_configuration", { updates }))) return;
+    }
+    this.openSnapshot();
+  }
+
+  // Any action.
+
+  showActions() {
+    const actions = this.live.state.actions?.[this.target.value] ?? [];
+    setOptions(this.action, actions);
+  }
+
+  callAction() {
+    return this.guarded("request", async () => {
+      const text = this.params.value.trim();
+      let params;
+      try {
+        params = text ? JSON.parse(text) : {};
+      } catch (error) {
+        throw new Error(`parameters: expected a JSON object: ${error.message}`, { cause: error });
+      }
+      const [component, action] = [this.target.value, this.action.value];
+      if (
+        !QUERIES.has(action) &&
+        !(await ask({
+          title: `Request ${action} of ${component}?`,
+          lines: [`Parameters: ${text || "none"}`],
+          action: "Request",
+        }))
+      )
+        return;
+      const found = await this.requests
+        .run(`${action} of ${component}`, action, params, { component: component === "core" ? "" : component })
+        .catch((error) => error);
+      this.answer.replaceChildren(
+        found instanceof Error ? element("p", { class: "problem lines" }, found.message) : resultNode(found),
+      );
+    });
+  }
+
+  show() {
+    this.update(new Set(["status", "actions"]));
+    if (this.producer.value && !this.asked) {
+      this.asked = true;
+      this.getBoards();
+    }
+  }
+
+  update(changed) {
+    if (changed.has("status")) {
+      const before = this.producer.value;
+      setOptions(
+        this.producer,
+        components(this.live, "producer")
+          .filter((component) => component.alive)
+          .map((component) => component.name),
+      );
+      if (this.producer.value && this.producer.value !== before && this.asked) this.getBoards();
+    }
+    if (changed.has("actions") && this.live.state.actions) {
+      setOptions(this.target, Object.keys(this.live.state.actions));
+      this.showActions();
+    }
+    for (const made of this.changes) setAttribute(made, "disabled", !this.app.mayChange || !this.producer.value);
+  }
+}
+
+function number(text, what) {
+  if (!text.trim()) return null;
+  const value = Number(text);
+  if (!Number.isInteger(value) || value < 0)
+    throw new Error(`${what}: expected a whole number, found ${cut(text, 40)}`);
+  return value;
+}
+
+function numbers(text, what) {
+  const parts = text.split(/[\s,;]+/).filter(Boolean);
+  return parts.length ? parts.map((part) => number(part, what)) : null;
+}
+
+// The names of supplies with their units: vdda_mv becomes "vdda, mV".
+function withUnits(supply) {
+  const unit = (name) => name.replace(/_(m[va]|uv)$/, (_, short) => `, ${{ mv: "mV", ma: "mA", uv: "µV" }[short]}`);
+  return Object.fromEntries(Object.entries(supply).map(([name, value]) => [unit(name), value]));
+}
+
+// A table with a column for each of the rows.
+function transposed(rows, head) {
+  const names = [...new Set(rows.flatMap(Object.keys))].filter((name) => name !== head);
+  const table = new Table("Status of the boards", [
+    { title: head, text: (row) => row.name.replace(/_s$/, ", s").replaceAll("_", " ") },
+    ...rows.map((one, at) => ({ title: String(one[head]), wide: true, text: (row) => row.texts[at] })),
+  ]);
+  const texts = (name) =>
+    rows.map((row) => (row[name] === true ? "yes" : row[name] === false ? "no" : inline(row[name])));
+  table.update(
+    names.map((name) => ({ name, texts: texts(name) })),
+    (row) => row.name,
+  );
+  return table.node;
+}

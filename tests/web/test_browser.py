@@ -1,0 +1,513 @@
+"""The page in a real browser, with real processes: what a person sees and does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from emulated_board import Emulator
+from processes import LIMIT, until
+from selenium.webdriver.common.keys import Keys
+from system import System
+from web_browser import Browser, browsers
+from web_viewer import launch_web, link_of
+
+from larpixdaq.operator import Operator
+
+#: A channel of the emulated board with ten times the noise of others.
+HOT = "1-1-11-7"
+#: Global threshold at which only that channel triggers: 20 sigmas of the others' noise, and about 2 of its own.
+THRESHOLD = 96
+#: What a text must never become: an element of the page.
+SCRIPT = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+TABS = ("run", "monitor", "configuration", "routines", "runs")
+Open = Callable[[str], Browser]
+
+
+@pytest.fixture(scope="module")
+def board() -> Iterator[Emulator]:
+    emulator = Emulator(
+        "--chips", "4", "--asic", "2b", "--power-on", "--pps", "--hot-channels", HOT, "--write-network", "tile.json"
+    )
+    yield emulator
+    emulator.close()
+
+
+@pytest.fixture(scope="module")
+def operator(line: System, board: Emulator) -> Operator:
+    (line.folder / "routines").mkdir()
+    (line.folder / "routines" / "slow.py").write_text(
+        "from larpixdaq.routines import Routine\n"
+        "def _slow(controller, send_data, send_info, steps: int = 3, name: str = ''):\n"
+        "    '''Counts STEPS steps.'''\n"
+        "    for step in range(steps):\n"
+        "        send_info(f'step {step} {name}', step, steps)\n"
+        "    return controller, {'chips': {'1-1-11': {'mean': [float(i % 9) for i in range(64)]}}, 'name': name}\n"
+        "registration = {'slow': Routine('slow', _slow)}\n"
+    )
+    line.launch_core()
+    line.launch_log()
+    return line.start("--pacman", *board.addresses, "--asic", "2b", "--routines", line.folder / "routines")
+
+
+@pytest.fixture(scope="module")
+def web(line: System, operator: Operator) -> str:
+    return link_of(launch_web(line))
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
+    with browsers(tmp_path_factory.mktemp("downloads")) as open_browser:
+        yield open_browser
+
+
+@pytest.fixture(scope="module")
+def shared(opened: Open, web: str) -> Browser:
+    return opened(web)
+
+
+@pytest.fixture
+def page(shared: Browser, operator: Operator) -> Iterator[Browser]:
+    """The page on the tab Run, in STOP, with control free. At the end its console must be empty."""
+    operator.release_control().result(LIMIT)
+    shared.reload()
+    shared.tab("run")
+    shared.console()
+    yield shared
+    assert shared.console() == []
+    if operator.state().result(LIMIT) != "STOP":
+        operator.take_control().result(LIMIT)
+        operator.abort_run().result(LIMIT)
+
+
+def begin_by_clicking(page: Browser, comment: str = "from the page") -> None:
+    page.fill("Comment of the next run", comment)
+    page.click("Prepare run")
+    page.confirm("Prepare run")
+    page.wait_text("#state-word", "READY")
+    page.click("Begin run")
+    page.confirm("Begin run")
+    page.wait_text("#state-word", "RUN")
+
+
+def end_by_clicking(page: Browser) -> None:
+    page.click("End run")
+    page.confirm("End run")
+    page.wait_text("#state-word", "STOP")
+
+
+def test_whole_run(page: Browser, operator: Operator, line: System) -> None:
+    """Configure the chips, take a run and look at it, all by clicking."""
+    page.tab("configuration")
+    page.fill("Board file, on the producer's machine", str(Path("tile.json").absolute()))
+    page.click("Load board file")
+    page.confirm("Load board file")
+    page.wait_text(".board-control .facts", "4 of generation")
+    page.click("Bring up networks")
+    page.confirm("Bring up networks")
+    page.wait_text(".compare .facts", "every register that was read has its wanted value")
+    page.fill("Chip", "1-1-11", ".registers")
+    page.click("Show known values", ".registers")
+    for name, value in (("threshold_global", str(THRESHOLD)), ("channel_mask", "64 x 0")):
+        page.wait(lambda name=name: page.find(f"input[data-register={name}]"), name)
+        page.find(f"input[data-register={name}]").send_keys(value)
+    page.click_on(".registers input[type=checkbox]")
+    page.click("Write 2 registers", ".registers")
+    page.confirm("Write")
+    page.wait_text("#requests .latest", "read back 1-1-11: done")
+    found = operator.retrieve_configuration(None, "threshold_global").result(LIMIT)
+    assert {chip["wanted"]["threshold_global"] for chip in found.values()} == {THRESHOLD}
+
+    page.tab("run")
+    begin_by_clicking(page, "hot channel")
+    assert "run 1" in page.text("#state-text")
+    page.wait(lambda: page.text("#rate")[:1] in "123456789" and "OLD" not in page.text("#rate-note"), "a rate")
+    assert page.text("#loss") == "no loss seen"
+    page.wait_text(".boards table", "connected")
+
+    page.tab("monitor")
+    page.wait_text(".hottest table", HOT)
+    page.wait(lambda: page.find(".map canvas").get_attribute("data-shown"), "the map")
+    for label, value in zip(("io_group", "io_channel", "chip", "channel"), HOT.split("-"), strict=True):
+        page.fill(label, value, ".adc")
+    page.click("Show", ".adc")
+    exact = page.wait_text(".map-info", "packets seen")
+    assert "io_group 1, io_channel 1" in exact
+    assert "chip 11, channel 7" in exact
+    rate = operator.packet_rate().result(LIMIT)["channels"]
+    hottest = rate[(rate["chip_id"] == 11) & (rate["channel_id"] == 7)]["rate"][0]
+    shown = float(exact.split("about ")[1].split(" ")[0].replace(",", "")) * (1e3 if " k packets" in exact else 1)
+    assert shown == pytest.approx(hottest, rel=0.35)
+    at = page.wait(lambda: page.find(".map canvas").get_attribute("data-cursor"), "the cursor")
+    hot = page.canvas_colour(".map canvas", *map(float, at.split(",")))
+    assert hot[3] == 255
+    page.find(".map canvas").send_keys(Keys.ARROW_DOWN)
+    page.wait_text(".map-info", "no packet")
+    at = page.find(".map canvas").get_attribute("data-cursor")
+    silent = page.canvas_colour(".map canvas", *map(float, at.split(",")))
+    assert silent != hot
+    page.wait_text(".adc .facts", "ADC counts")
+
+    # plots move
+    for selector in (".rates .chart", ".adc .chart"):
+        page.wait(lambda selector=selector: page.run(CANVASES, page.find(selector)) > 0, f"the plot {selector}")
+        before = page.picture(selector)
+        page.wait(lambda selector=selector, before=before: page.picture(selector) != before, f"{selector} to move")
+    page.wait_text(".packets table", "data")
+    page.wait_text(".clocks table", "s")
+    page.wait_text(".ledger table", "LArPix board")
+    page.wait_text(".messages", "Beginning run")
+
+    page.tab("run")
+    page.fill("Comment on the run, for the e-log", "beam is back")
+    page.click("Add to the e-log")
+    page.wait_text("#requests .latest", "comment: done")
+    end_by_clicking(page)
+    assert "run 1: COMPLETE" in page.wait_text(".outcome", "COMPLETE")
+
+    page.tab("runs")
+    page.wait_text(".run-list table", "hot channel")
+    page.wait_text(".elog", "beam is back")
+    page.wait_text(".run-detail table", ".h5")
+    page.click("Read the files and plot")
+    page.wait(lambda: page.run(CANVASES, page.find(".run-plots .plots")) > 2, "the plots of the run")
+    page.wait_text(".run-plots table", "COMPLETE")
+
+
+#: Number of drawn canvases in an element, also those of Bokeh, which are in shadow trees.
+CANVASES = """
+    const drawn = (one) => (one.tagName === "CANVAS" && one.width > 50) + (one.shadowRoot ? count(one.shadowRoot) : 0);
+    const count = (node) => [...node.querySelectorAll("*")].reduce((sum, one) => sum + drawn(one), 0);
+    return count(arguments[0]);
+"""
+
+
+def test_a_second_run_beside_the_first(page: Browser) -> None:
+    begin_by_clicking(page)
+    page.wait_text("#state-more", "0:00:0")
+    end_by_clicking(page)
+    page.tab("runs")
+    page.wait(lambda: len(page.all(".run-list tbody tr")) >= 2, "two runs")
+    page.click("with", ".run-list tbody tr:nth-child(2)")
+    page.wait_text(".run-plots table", "run 1")
+    page.wait(lambda: page.run(CANVASES, page.find(".run-plots .plots")) > 1, "plots of both")
+
+
+def test_routine(page: Browser) -> None:
+    page.tab("routines")
+    page.wait(lambda: page.find(".routine-list option[value=slow]"), "the routine")
+    page.choose(".routine-list select[size]", "slow")
+    page.fill("name", SCRIPT, ".routine-form")
+    page.fill("steps", "5", ".routine-form")
+    page.click("Run", ".routine-form")
+    page.confirm("Run")
+    page.wait_text(".routine-state", "done in")
+    assert f"step 4 {SCRIPT}" in page.text(".routine-progress .log")
+    assert SCRIPT in page.text(".routine-result .facts")
+    page.wait(lambda: page.run(CANVASES, page.find(".routine-result .plots")) > 0, "the plot of the result")
+    assert not page.all(".routine-result img")
+
+
+def test_wrong_requests_are_refused_by_the_core(page: Browser) -> None:
+    page.tab("configuration")
+    page.wait(lambda: page.find(".any-action option[value=core]"), "the actions")
+    page.choose(".any-action select:first-of-type", "core")
+    page.run("document.querySelector('.any-action .row .field:nth-child(2) select').value = 'begin_run'")
+    page.click("Request", ".any-action")
+    page.confirm("Request")
+    page.wait_text(".any-action .problem", "begin_run is not allowed in STOP")
+    page.fill("Parameters, as a JSON object", "{", ".any-action")
+    page.click("Request", ".any-action")
+    page.wait_text("#requests .latest", "expected a JSON object")
+
+
+def test_script_in_every_text_is_shown_as_text(page: Browser, operator: Operator) -> None:
+    operator.shifter = SCRIPT[:100]
+    page.fill("Kind", SCRIPT[:60])
+    begin_by_clicking(page, SCRIPT)
+    page.fill("Comment on the run, for the e-log", SCRIPT)
+    page.click("Add to the e-log")
+    page.wait_text(".control .facts", SCRIPT)
+    page.wait_text("#state-more", SCRIPT[:20])
+    end_by_clicking(page)
+    page.tab("runs")
+    page.wait_text(".run-list table", SCRIPT[:40])
+    page.wait_text(".elog", SCRIPT)
+    for tab in TABS:
+        page.tab(tab)
+        page.wait(lambda tab=tab: write_everywhere(page, tab), f"all fields of {tab}")
+    page.tab("configuration")
+    page.click("Load board file")
+    assert SCRIPT in page.wait_text("dialog[open]", SCRIPT)
+    page.confirm("Load board file")
+    page.wait_text("#requests .latest", "FAILED")
+    assert "onerror" in page.text("#requests .latest")
+    assert not page.all("img")
+    assert "owned" not in page.driver.title
+    operator.shifter = ""
+
+
+def write_everywhere(page: Browser, tab: str) -> bool:
+    """Write a script into every field of a tab. (A field that vanishes meanwhile lets the caller try again.)"""
+    for entry in page.all(f"#panel-{tab} input[type=text], #panel-{tab} textarea"):
+        if entry.is_displayed() and entry.is_enabled():
+            entry.send_keys(SCRIPT, Keys.TAB)
+    return True
+
+
+def test_killed_component_and_gone_monitor(page: Browser, line: System, operator: Operator) -> None:
+    begin_by_clicking(page)
+    page.tab("monitor")
+    page.wait_text(".groups table", "packets/s")
+    line.processes["run_data"].popen.send_signal(signal.SIGKILL)
+    page.wait_text("#panel-monitor .stale-word", "OLD", 4.0)
+    assert page.find("#panel-monitor > .old")
+    page.wait_text("#alarm", "warning", 4.0)
+    page.wait_text("#rate", "not known", 4.0)
+    page.tab("run")
+    page.wait_text(".components table", "LOST", 2.0)
+    page.wait_text(".alarm-panel table", "Online monitor")
+    line.processes.pop("run_data").kill()
+    line.launch_monitor()
+    line.await_kinds(operator, "run_data")
+    page.tab("monitor")
+    page.wait(lambda: not page.find(".stale-word").is_displayed(), "the monitor's figures again")
+    page.tab("run")
+    page.click("Acknowledge", ".alarm-panel")
+    page.wait(lambda: page.all("dialog[open]"), "the question")
+    page.fill("Comment", "killed by the test", "dialog[open]")
+    page.confirm("Acknowledge")
+    page.wait_text("#requests .latest", "done")
+    end_by_clicking(page)
+
+
+def test_two_browsers_and_control(page: Browser, opened: Open, web: str) -> None:
+    other = opened(web)
+    begin_by_clicking(page, "seen by two")
+    other.wait_text("#state-word", "RUN", 2.0)
+    other.wait_text("#state-more", "seen by two", 2.0)
+    assert other.console() == []
+    end_by_clicking(page)
+    other.wait_text("#state-word", "STOP", 2.0)
+    other.driver.quit()
+
+
+def test_observer_looks_only(page: Browser, opened: Open, line: System) -> None:
+    link = line_link(line, "observer")
+    other = opened(link)
+    other.wait_text("#viewer", "observer")
+    assert not other.button("Prepare run").is_enabled()
+    assert "allows to look" in other.text("#why-not")
+    script = """
+        const [done] = [arguments[arguments.length - 1]];
+        const socket = new WebSocket(`ws://${location.host}/live`);
+        socket.onmessage = (event) => {
+          const message = typeof event.data === "string" ? JSON.parse(event.data) : {};
+          const request = {type: "request", id: "x", action: "prepare_run"};
+          if (message.type === "snapshot") socket.send(JSON.stringify(request));
+          if (message.kind === "error") { socket.close(); done(message.text); }
+        };
+    """
+    assert "allows to look, not to change" in other.driver.execute_async_script(script)
+    other.driver.quit()
+
+
+def line_link(line: System, role: str) -> str:
+    """Make a log-in link as `larpixdaq web-link` does."""
+    import subprocess
+
+    from larpixdaq.runtime.launcher import command
+
+    made = subprocess.run(
+        [*command("cli", "web-link", "--role", role, "--core", line.core)], capture_output=True, text=True, check=True
+    )
+    return made.stdout.strip().splitlines()[-1]
+
+
+def test_reload_in_the_middle(page: Browser) -> None:
+    begin_by_clicking(page, "reloaded")
+    number = page.text("#state-text")
+    page.reload()
+    page.wait_text("#state-word", "RUN")
+    assert page.text("#state-text") == number
+    page.wait_text("#viewer", "in control")
+    end_by_clicking(page)
+
+
+def test_core_that_is_gone_and_back(page: Browser, line: System, operator: Operator) -> None:
+    begin_by_clicking(page)
+    line.processes["core"].popen.send_signal(signal.SIGSTOP)
+    try:
+        page.wait_text("#link", "NO CORE", 6.0)
+        assert page.find("body.stale")
+        page.wait_text("#problems", "the core has not been heard", 2.0)
+        assert page.find("#state").get_attribute("data-level") == "stale"
+    finally:
+        line.processes["core"].popen.send_signal(signal.SIGCONT)
+    page.wait_text("#link", "live")
+    page.wait(lambda: page.find("#state").get_attribute("data-level") == "run", "the state again")
+    end_by_clicking(page)
+
+
+def test_web_server_that_is_gone_and_back(opened: Open, line: System, operator: Operator) -> None:
+    web = launch_web(line, key="second web")
+    page = opened(link_of(web))
+    port = urlsplit(page.origin).port
+    web.stop()
+    page.wait_text("#link", "NOT CONNECTED", 2.0)
+    page.wait_text("#problems", "no connection to the web server")
+    line.launch("web", "--core", line.core, "--address", f"127.0.0.1:{port}", key="second web")
+    page.wait_text("#link", "live")
+    page.wait(lambda: not page.find("body").get_attribute("class"), "the state again")
+    page.driver.quit()
+
+
+def test_keyboard_alone(page: Browser, operator: Operator) -> None:
+    """A whole run without a mouse, and every tab, from the first Tab key on."""
+
+    def press(*keys: str) -> None:
+        page.driver.switch_to.active_element.send_keys(*keys)
+
+    def go_to(what: str, condition: Callable[[], bool], most: int = 60) -> None:
+        for _ in range(most):
+            if condition():
+                return
+            press(Keys.TAB)
+        raise AssertionError(f"{most} Tab keys do not reach {what}")
+
+    def focused() -> str:
+        return str(page.run("return document.activeElement.textContent")).rstrip("…")
+
+    page.reload()
+    press(Keys.TAB)
+    assert focused() == "Skip to the tab"
+    outline = page.run("return getComputedStyle(document.activeElement).outlineStyle")
+    assert outline != "none"
+    for text, state in (("Prepare run", "READY"), ("Begin run", "RUN"), ("End run", "STOP")):
+        page.wait(lambda text=text: page.button(text).is_enabled(), text)
+        go_to(text, lambda text=text: focused() == text)
+        press(Keys.ENTER)
+        page.wait(lambda: page.all("dialog[open]"), "the question")
+        assert page.run("return document.activeElement.closest('dialog') !== null")
+        press(Keys.ENTER)
+        page.wait_text("#state-word", state)
+    page.click("Abort run")
+    press(Keys.ESCAPE)
+    page.wait(lambda: not page.all("dialog"), "the end of the dialog")
+
+    page.run("document.activeElement.blur()")
+    go_to("the tabs", lambda: page.run("return document.activeElement.role") == "tab")
+    for name in (*TABS[1:], TABS[0]):
+        press(Keys.ARROW_RIGHT)
+        assert page.run("return document.activeElement.id") == f"tab-{name}"
+        assert page.find(f"#panel-{name}").is_displayed()
+    press(Keys.ARROW_RIGHT)
+    go_to("the map", lambda: page.run("return document.activeElement.tagName") == "CANVAS")
+    press(Keys.ARROW_RIGHT)
+    page.wait_text(".map-info", "1-1-")
+
+
+def test_labels(page: Browser) -> None:
+    """Everything that can be focused has a name, and every picture a description."""
+    script = """
+        const label = (one) => document.getElementById(one.getAttribute("aria-labelledby"))?.textContent;
+        const named = (one) => one.getAttribute("aria-label") || one.textContent.trim() || label(one) || one.title
+            || one.labels?.[0]?.textContent.trim();
+        const kinds = ["button", "input", "select", "textarea", "a", "canvas", "table", "progress", "[role=img]",
+            "[role=tabpanel]", "[tabindex]"];
+        return [...document.querySelectorAll(kinds.join())]
+            .filter((one) => !one.closest("[hidden]") && one.tagName !== "MAIN" && !named(one))
+            .map((one) => one.outerHTML.slice(0, 200));
+    """
+    for tab in TABS:
+        page.tab(tab)
+        assert page.run(script) == [], tab
+    assert page.run("return document.documentElement.lang") == "en"
+    ids = page.run("return [...document.querySelectorAll('[id]')].map((one) => one.id)")
+    assert len(ids) == len(set(ids))
+
+
+def test_policy_and_no_request_to_others(page: Browser) -> None:
+    page.requested()
+    page.reload()
+    for tab in TABS:
+        page.tab(tab)
+    page.tab("monitor")
+    page.wait(lambda: page.run("return Boolean(window.Bokeh)"), "BokehJS")
+    requested = page.requested()
+    assert len(requested) > 10
+    own = urlsplit(page.origin).netloc
+    assert [url for url in requested if urlsplit(url).netloc != own and not url.startswith(("data:", "blob:"))] == []
+    headers = page.driver.execute_async_script(
+        "const done = arguments[0]; fetch('/').then((answer) => done(answer.headers.get('content-security-policy')))"
+    )
+    assert "script-src 'self';" in headers
+    assert "unsafe-eval" not in headers
+    # the policy holds: neither an inline script nor eval runs
+    assert page.driver.execute_async_script(
+        """
+        const done = arguments[0];
+        const script = document.createElement("script");
+        script.textContent = "window.broken = true";
+        document.head.append(script);
+        setTimeout("window.broken = true", 0);
+        setTimeout(() => done(window.broken === undefined), 50);
+        """
+    )
+    console = page.console()
+    assert console
+    assert all("Content Security Policy" in line for line in console)
+
+
+def test_hidden_page_asks_for_nothing(page: Browser) -> None:
+    """Only what the open tab shows is asked for."""
+    sent = """
+        window.sent = [];
+        const send = WebSocket.prototype.send;
+        WebSocket.prototype.send = function (text) {
+          window.sent.push(JSON.parse(text));
+          return send.call(this, text);
+        };
+    """
+    page.run(sent)
+    page.tab("monitor")
+    page.tab("run")
+    watched = [frame for frame in page.run("return window.sent") if frame["type"] == "watch"]
+    assert [frame["pixels"] for frame in watched] == ["rate", None]
+    assert watched[-1] == {"type": "watch", "pixels": None, "histogram": None, "packets": None}
+
+
+def test_snapshot_of_the_configuration(page: Browser, tmp_path: Path, operator: Operator) -> None:
+    page.tab("configuration")
+    page.wait_text(".board-control .facts", "4 of generation")
+    page.click("Save a snapshot")
+    page.wait_text(".snapshots", "saved: 4 chips")
+    snapshot = {
+        "larpixdaq_snapshot": 1,
+        "time": "2026-01-01T00:00:00Z",
+        "chips": {"1-1-11": {"wanted": {"threshold_global": 200}}},
+    }
+    (tmp_path / "old.json").write_text(json.dumps(snapshot))
+    page.fill("Compare with a snapshot", str(tmp_path / "old.json"), ".snapshots")
+    page.wait_text(".snapshots table", "threshold_global")
+    page.click("Write the snapshot's values")
+    page.confirm("Write")
+    until(
+        lambda: (
+            operator.retrieve_configuration("1-1-11", "threshold_global").result(LIMIT)["1-1-11"]["wanted"]
+            == {"threshold_global": 200}
+        ),
+        "the old threshold",
+    )
+
+
+def test_chromium_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import web_browser
+
+    monkeypatch.setenv("PATH", os.fspath(Path("/nonexistent")))
+    assert web_browser.missing() == "chromium is not installed: apt-get install chromium"
