@@ -42,7 +42,7 @@ from larpixdaq.control.metric_samples import (
     add_core,
     add_summary,
 )
-from larpixdaq.errors import ConfigError, LarpixDaqError, printable
+from larpixdaq.errors import ConfigError, LarpixDaqError, UsageError, printable
 from larpixdaq.keys.credentials import read_private
 from larpixdaq.operator import Operator, Request
 from larpixdaq.protocol.reports import MonitorStatus
@@ -310,13 +310,13 @@ def read_token(path: Path) -> str:
 
 
 def check(options: argparse.Namespace) -> tuple[str, str]:
-    """Return address and token of these options. Raises ConfigError and FileError if they cannot be served."""
+    """Return address and token of these options. UsageError, ConfigError or FileError if that is impossible."""
     address = config.listen_address(options.address, config.METRICS_PORT)
     if not address.startswith("tcp://"):
-        raise ConfigError(f"--address {options.address}: expected HOST[:PORT]")
+        raise UsageError(f"--address {options.address}: expected HOST[:PORT]")
     token = read_token(options.token_file) if options.token_file is not None else ""
     if not config.is_loopback(address) and not token:
-        raise ConfigError(
+        raise UsageError(
             f"--address {options.address}: other hosts could read the metrics: give --token-file FILE, or stay at "
             "127.0.0.1 behind a proxy"
         )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq.errors import ConfigError, FileError, RequestError, cause, printable
+from larpixdaq.errors import ConfigError, FileError, RequestError, UsageError, cause, printable
 from larpixdaq.hardware.pixel_layout import PixelLayout
 from larpixdaq.hdf5.board_clocks import TICKS_PER_S, Clock
 from larpixdaq.hdf5.run_summary import RunSummary
@@ -49,7 +49,7 @@ _NAMED: Final = 5
 def check_format(path: Path) -> None:
     """ConfigError if a picture cannot have this name, or matplotlib is not installed."""
     if path.suffix.lower() not in FORMATS:
-        raise ConfigError(f"{path}: expected a name that ends in {' or '.join(FORMATS)}")
+        raise UsageError(f"{path}: expected a name that ends in {' or '.join(FORMATS)}")
     if find_spec("matplotlib") is None:
         raise ConfigError('pictures need pip install "larpix-daq[plot]"')
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from larpixdaq import config
 from larpixdaq.constants import LAST_RUN, RUN_DIGITS
-from larpixdaq.errors import ConfigError, FileError, printable
+from larpixdaq.errors import FileError, UsageError, printable
 from larpixdaq.runtime.units import parse_positive, parse_whole, utc
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _summaries(options: argparse.Namespace, wanted: Sequence[Sequence[str]]) -> 
 def _files(text: str, directory: str | None) -> list[Path]:
     """Return a file, or all files of the run of this number by the catalogue."""
     if not text:  # an unset variable of a shell
-        raise ConfigError("expected a run or a file, found an empty text")
+        raise UsageError("expected a run or a file, found an empty text")
     if Path(text).exists() or not text.isdecimal() or int(text) > LAST_RUN:
         return [Path(text)]
     from larpixdaq.control.run_list import RunList

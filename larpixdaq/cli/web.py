@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from larpixdaq import config
 from larpixdaq.cli.system import plain_console
-from larpixdaq.errors import ConfigError
+from larpixdaq.errors import UsageError
 from larpixdaq.keys.key_store import MAX_OPEN
 from larpixdaq.operator import Operator
 from larpixdaq.runtime.units import parse_positive_duration, utc
@@ -56,7 +56,7 @@ def add_commands(commands: Any) -> None:
 def web_link(options: argparse.Namespace) -> int:
     core = config.address(options.core, config.CORE_PORT)
     if options.url and (urlsplit(options.url).scheme not in ("http", "https") or not urlsplit(options.url).hostname):
-        raise ConfigError(f"--url {options.url}: expected http://HOST or https://HOST")
+        raise UsageError(f"--url {options.url}: expected http://HOST or https://HOST")
     console = plain_console(stderr=True)
     if options.insecure:
         print(find_server(core).link)

@@ -13,7 +13,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from larpixdaq import config
-from larpixdaq.errors import ConfigError
+from larpixdaq.errors import ConfigError, UsageError
 from larpixdaq.runtime.event_loop import run_main
 from larpixdaq.runtime.units import parse_whole
 
@@ -70,11 +70,11 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """Return host and port of `--address`. ConfigError if it is not an address."""
+    """Return host and port of `--address`. UsageError if it is not an address."""
     full = config.address(text.removeprefix("http://").rstrip("/"), config.WEB_PORT).removeprefix("tcp://")
     host, _, port = full.rpartition(":")
     if not port.isdecimal():
-        raise ConfigError(f"--address {text}: expected HOST[:PORT]")
+        raise UsageError(f"--address {text}: expected HOST[:PORT]")
     return host.strip("[]").replace("*", "0.0.0.0"), int(port)
 
 
@@ -86,23 +86,23 @@ def is_loopback(host: str) -> bool:
 
 
 def check(options: argparse.Namespace) -> None:
-    """ConfigError for options that cannot work, or if a package of the extra [web] is missing."""
+    """UsageError for options that cannot work, ConfigError if a package of the extra [web] is missing."""
     host, _ = split_address(options.address)
     if options.insecure and not is_loopback(host):
-        raise ConfigError(f"--address {host}: other hosts could control the detector: not with --insecure")
+        raise UsageError(f"--address {host}: other hosts could control the detector: not with --insecure")
     if options.url and (urlsplit(options.url).scheme not in ("http", "https") or not urlsplit(options.url).hostname):
-        raise ConfigError(f"--url {options.url}: expected http://HOST or https://HOST")
+        raise UsageError(f"--url {options.url}: expected http://HOST or https://HOST")
     if bool(options.trusted_proxy) != bool(options.trusted_header):
-        raise ConfigError("--trusted-proxy and --trusted-header go together")
+        raise UsageError("--trusted-proxy and --trusted-header go together")
     if options.insecure and options.trusted_proxy:
-        raise ConfigError("--trusted-proxy: without keys every viewer may change things: not with --insecure")
+        raise UsageError("--trusted-proxy: without keys every viewer may change things: not with --insecure")
     if options.proxy_operator and not options.trusted_proxy:
-        raise ConfigError("--proxy-operator goes with --trusted-proxy and --trusted-header")
+        raise UsageError("--proxy-operator goes with --trusted-proxy and --trusted-header")
     for proxy in options.trusted_proxy:
         try:
             ipaddress.ip_address(proxy)
         except ValueError:
-            raise ConfigError(f"--trusted-proxy {proxy}: expected an IP address") from None
+            raise UsageError(f"--trusted-proxy {proxy}: expected an IP address") from None
     for package in EXTRA:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f'{package} is not installed: pip install "larpix-daq[web]"')

@@ -263,7 +263,7 @@ def test_nonsense(tmp_path, good):
             assert name in err
     assert not (tmp_path / "picture.png").exists()
     status, _, err = run("plot", good, "-o", tmp_path / "picture.jpg")
-    assert status == 1
+    assert status == 2
     assert "expected a name that ends in .png or .pdf" in err
     status, _, err = run("plot", good, "-o", tmp_path / "no such folder" / "picture.png")
     assert status == 1
@@ -276,7 +276,7 @@ def test_nonsense(tmp_path, good):
     assert err.count("\n") == 1
     for wrong in (["--rows", "-1"], ["--kind", "colours"], ["--factor", "nan"]):
         assert run("hot" if "--factor" in wrong else "plot", good, *wrong)[0] == 2
-    assert run("plot", good, "")[0] == 1
+    assert run("plot", good, "")[0] == 2
 
 
 def test_a_picture_that_cannot_be_written_leaves_no_file(tmp_path, good):
