@@ -491,6 +491,7 @@ class Producer:
             verdicts={str(io_group): verdict for io_group, verdict in sorted(self._watch.worst.items())},
             finished=all(source.finished for source in self.boards),
             firmware=dict(self._firmware),
+            pixel_layout=self.child.pixel_layout,
         )
 
     def _group_reports(self, boards: list[BoardStatus]) -> list[IoGroupReport]:

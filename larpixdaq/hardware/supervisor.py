@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -77,6 +78,8 @@ class Child:
         self._request = 0
         self._running: _Running | None = None
         self._routines: list[dict[str, Any]] | None = None
+        #: Result of the last load_pixel_layout that succeeded, and `loaded`, its time (unix s).
+        self.pixel_layout: dict[str, Any] | None = None
 
     def fileno(self) -> int:
         return self._process.fileno()
@@ -290,6 +293,8 @@ class Child:
             self._routines = msgspec.to_builtins(answer.routines)
             call.result(self._routines, f"not loaded: {'; '.join(answer.broken)}" if answer.broken else "")
         elif isinstance(answer, hardware.Result):
+            if call.action == "load_pixel_layout":
+                self.pixel_layout = {**answer.value, "loaded": time.time()}
             call.result(answer.value, answer.text)
         else:
             text = answer.text

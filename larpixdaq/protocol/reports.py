@@ -203,6 +203,7 @@ class ProducerStatus(DeliveryStatus):
     verdicts: dict[str, str] = {}  # by io_group
     finished: bool = False  # all sources have ended
     firmware: dict[str, str] = {}  # by io_group
+    pixel_layout: dict[str, Any] | None = None  # as load_pixel_layout returned it, and `loaded` (unix s)
     load: LoadShares | None = None
 
 

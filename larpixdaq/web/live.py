@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from larpixdaq.constants import LOG, LOST, PRODUCER, RUN_DATA, STORAGE
 from larpixdaq.control.client import Connection, Response
-from larpixdaq.errors import LarpixDaqError, RequestTimeout, UnknownAction
+from larpixdaq.errors import LarpixDaqError, RequestError, RequestTimeout, UnknownAction
 from larpixdaq.web.page import History, Outbox, Section, Tail, binary_frame, to_json
 
 _log = logging.getLogger("larpixdaq.web")
@@ -31,8 +31,6 @@ CORE_INTERVAL: Final = 0.5
 MONITOR_INTERVAL: Final = 1.0
 #: Minimum seconds between two looks at the monitor when pages change what they show.
 _HASTE: Final = 0.2
-#: Seconds between two looks for a pixel layout, while a page shows pixels.
-_LAYOUT_INTERVAL: Final = 30.0
 #: Maximum seconds until an answer.
 _LIMIT: Final = 3.0
 _LAYOUT_LIMIT: Final = 30.0
@@ -122,10 +120,8 @@ class Live:
         self._pixels = PixelMaps()
         self._newest_rate = 0.0
         self._hurry = asyncio.Event()
-        self._producer: tuple[Any, ...] | None = None  # name and pid of the first one
-        self._layout_due = 0.0
         self._layout_lock = asyncio.Lock()
-        self._layout: tuple[dict[str, Any], bytes] | None = None  # its summary, and the frame with all positions
+        self._layout: tuple[dict[str, Any], bytes] | None = None  # as in the section, and all positions
         self._set("core", self._core_facts())
         self._set("monitor_problem", "not known yet")
         self._tasks: list[asyncio.Task[None]] = []
@@ -135,7 +131,6 @@ class Live:
             asyncio.create_task(self._repeat(self._look_at_core, CORE_INTERVAL), name="core"),
             asyncio.create_task(self._repeat(self._look_at_log, CORE_INTERVAL), name="log"),
             asyncio.create_task(self._repeat(self._look_at_monitor, MONITOR_INTERVAL, self._hurry), name="monitor"),
-            asyncio.create_task(self._repeat(self._look_for_layout, CORE_INTERVAL), name="layout"),
         ]
 
     async def close(self) -> None:
@@ -228,10 +223,7 @@ class Live:
             with contextlib.suppress(LarpixDaqError):
                 self._set("actions", await self.ask("actions"))
                 self._components = components
-        producer = next(((one["name"], one["info"].get("pid")) for one in alive if one["kind"] == PRODUCER), None)
-        if producer not in (None, self._producer):  # another one may have another pixel layout
-            self._producer, self._layout_due = producer, 0.0
-            self._set("layout", None)
+        self._set("layout", self._layout_facts())
 
     def _has(self, kind: str, action: str) -> bool:
         """Return whether the first living component of a kind has an action."""
@@ -327,25 +319,6 @@ class Live:
 
     # The pixel layout.
 
-    async def _look_for_layout(self) -> None:
-        """Look whether the first producer has another pixel layout; without the positions, which are large.
-
-        It may take seconds, or be refused while a routine runs. A layout stays until another one is loaded.
-        """
-        now = self._loop.time()
-        wanted = now >= self._layout_due and any(page.watch.pixels for page in self.pages)
-        if not wanted or not self._has(PRODUCER, "retrieve_pixel_layout"):
-            return
-        self._layout_due = now + _LAYOUT_INTERVAL
-        with contextlib.suppress(LarpixDaqError):  # also when none is loaded
-            found = await self.ask("retrieve_pixel_layout", {"chip": []}, kind=PRODUCER, limit=_LAYOUT_LIMIT)
-            found.pop("channels", None)
-            self._set("layout", found)
-
-    def layout_changed(self) -> None:
-        """Look for the pixel layout soon, because a viewer has loaded one."""
-        self._layout_due = 0.0
-
     async def layout(self) -> bytes:
         """Return the positions of all channels in the first producer's pixel layout, as a binary frame.
 
@@ -354,11 +327,22 @@ class Live:
         a pixel. Raises LarpixDaqError.
         """
         async with self._layout_lock:
-            summary = await self.ask("retrieve_pixel_layout", {"chip": []}, kind=PRODUCER)
-            if self._layout is None or self._layout[0] != summary:
+            facts = self._layout_facts()
+            if facts is None:
+                raise RequestError("no pixel layout is loaded: load_pixel_layout(name) loads one")
+            if self._layout is None or self._layout[0] != facts:
+                # Once for each layout, because the producer does one thing with its chips at a time.
                 found = await self.ask("retrieve_pixel_layout", kind=PRODUCER, limit=_LAYOUT_LIMIT)
-                self._layout = summary, await asyncio.to_thread(layout_frame, found)
+                self._layout = facts, await asyncio.to_thread(layout_frame, found)
             return self._layout[1]
+
+    def _layout_facts(self) -> dict[str, Any] | None:
+        """Return what the first living producer says about its pixel layout; None if it has none."""
+        for one in self.status.get("components", []):
+            if one["kind"] == PRODUCER and one["alive"]:
+                facts: dict[str, Any] | None = one["status"].get("pixel_layout")
+                return facts
+        return None
 
 
 def layout_frame(layout: dict[str, Any]) -> bytes:

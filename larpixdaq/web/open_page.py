@@ -161,8 +161,6 @@ class OpenPage(Page):
                 self._loop.call_soon_threadsafe(self._post, frame.id, request, response.kind, json)
 
         request.listen(listen)
-        if frame.action == "load_pixel_layout":
-            self._live.layout_changed()
 
     def _refuse(self, text: str, problem: str) -> None:
         """Answer a frame that is not understood, with its id if that can be read."""

@@ -9,7 +9,7 @@ import yaml
 from example_counts import examples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from processes import LIMIT
+from processes import LIMIT, until
 from system import system
 
 from larpixdaq.errors import FormatError, RequestError
@@ -210,6 +210,8 @@ def test_layouts_over_the_operator_and_the_death_of_the_child(tmp_path):
         with pytest.raises(RequestError, match=r"no pixel layout is known yet: load_pixel_layout\(name\) loads one"):
             operator.retrieve_pixel_layout().result(LIMIT)
         loaded = operator.load_pixel_layout(str(file)).result(LIMIT)
+        said = until(lambda: made.status_of(operator, "producer")["pixel_layout"], "the layout in the status")
+        assert {**loaded, "loaded": said["loaded"]} == said
         assert (loaded["file"], loaded["pixels"]) == (str(file), 5)
         with pytest.raises(RequestError, match=f"pixel layout {tmp_path}: |no such file"):
             operator.load_pixel_layout(str(tmp_path)).result(LIMIT)

@@ -22,7 +22,7 @@ from web_viewer import CORE_GONE, LivePage, Viewer, launch_web, link_of, patched
 
 from larpixdaq.constants import PRODUCER, RUN_DATA
 from larpixdaq.control.node import Call, Node
-from larpixdaq.errors import RequestError
+from larpixdaq.protocol.reports import ProducerStatus
 
 
 @pytest.fixture
@@ -124,34 +124,38 @@ def test_a_pixel_layout(line: System) -> None:
         "1-1-11": {"x": [0.0, None], "y": [1.0, None], "z": 0.0, "tile": 1},
         "1-1-12": {"x": [0.5, 1.0], "y": [0.0, 0.25], "z": 0.0, "tile": 1},
     }
-    loaded: list[bool] = []
+    status = ProducerStatus()
+    asked: list[bool] = []
 
-    def retrieve_pixel_layout(call: Call, chip: list[str] | None = None) -> dict[str, object]:
-        if not loaded:
-            raise RequestError("no pixel layout is known yet")
-        return {**summary, "channels": positions if chip is None else {}}
+    def retrieve_pixel_layout(call: Call) -> dict[str, object]:
+        asked.append(True)
+        return {**summary, "channels": positions}
 
     def load_pixel_layout(call: Call, name: str) -> dict[str, object]:
-        loaded.append(True)
+        status.pixel_layout = {**summary, "loaded": len(asked)}
         return summary
 
     actions = {"retrieve_pixel_layout": retrieve_pixel_layout, "load_pixel_layout": load_pixel_layout}
-    board = Node("board", PRODUCER, line.core, actions, info={})
-    monitor = Node("monitor", RUN_DATA, line.core, {"summary": lambda call: {"time": time.time()}}, info={})
-    with component_loop(board), component_loop(monitor):
+    board = Node("board", PRODUCER, line.core, actions, info={}, status=lambda: status)
+    with component_loop(board):
         viewer = viewer_of(line)
         with viewer.live() as page:
-            page.watch(pixels="rate")
             page.until(lambda: page.state["actions"] and "board" in page.state["actions"], "the actions")
             assert page.state["layout"] is None
-            status, _, body = viewer.request("GET", "/api/layout")
-            assert (status, "no pixel layout" in json.loads(body)["error"]) == (400, True)
+            answer, _, body = viewer.request("GET", "/api/layout")
+            assert (answer, "no pixel layout" in json.loads(body)["error"]) == (400, True)
             assert page.ask("load_pixel_layout", {"name": "tile"}, kind=PRODUCER)["kind"] == "result"
             page.until(lambda: page.state["layout"], "the layout")
-            assert page.state["layout"] == summary
-        status, _, frame = viewer.request("GET", "/api/layout")
+            assert page.state["layout"] == {**summary, "loaded": 0}
+            for _ in range(3):
+                answer, _, frame = viewer.request("GET", "/api/layout")
+            assert asked == [True]
+            page.ask("load_pixel_layout", {"name": "tile"}, kind=PRODUCER)
+            page.until(lambda: page.state["layout"]["loaded"] == 1, "the layout again")
+            viewer.request("GET", "/api/layout")
+            assert asked == [True, True]
         header, places = read_array(frame)
-        assert (status, header["chips"], header["tiles_of"]) == (200, ["1-1-11", "1-1-12"], [1, 1])
+        assert (answer, header["chips"], header["tiles_of"]) == (200, ["1-1-11", "1-1-12"], [1, 1])
         assert np.array_equal(places, [[[0, 1], [np.nan] * 2], [[0.5, 0], [1, 0.25]]], equal_nan=True)
 
 

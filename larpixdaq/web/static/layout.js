@@ -8,7 +8,7 @@ let last = null; // [key, promise]
 // The layout that `facts`, the section of the state, describe: {key, pitch, positions(chip)}, where positions() returns
 // {x, y (mm, by channel_id, NaN without a pixel), tile}, or null for a chip that it does not have.
 export function getLayout(facts) {
-  const key = JSON.stringify([facts.name, facts.file, facts.chips, facts.pixels, facts.version]);
+  const key = JSON.stringify([facts.name, facts.file, facts.chips, facts.pixels, facts.version, facts.loaded]);
   if (last?.[0] !== key) {
     last = [key, fetchLayout(key)];
     last[1].catch(() => {
