@@ -30,7 +30,7 @@ from emulated_board import Emulator
 from latency import TIMED, TimedBoard, word
 from processes import until
 from system import System
-from web_viewer import LivePage, Viewer, launch_web, link_of, patched_web
+from web_viewer import LivePage, Viewer, is_open, launch_web, link_of, patched_web
 from websockets.exceptions import ConnectionClosed
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "web.md"
@@ -162,13 +162,6 @@ def slow(viewer: Viewer, results: list[dict[str, Any]]) -> None:
 
 def longest_gap(times: list[float]) -> float:
     return round(max(later - earlier for earlier, later in pairwise(times[1:])), 2)
-
-
-def is_open(server: int, client: int) -> bool:
-    """Return whether the server's end of a connection between two ports is open."""
-    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    ends = (f":{server:04X}", f":{client:04X}")
-    return any(line[1].endswith(ends[0]) and line[2].endswith(ends[1]) and line[3] == "01" for line in lines)
 
 
 def masked(text: str) -> bytes:

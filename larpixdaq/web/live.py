@@ -194,9 +194,13 @@ class Live:
                     await asyncio.sleep(max(0.0, began + _HASTE - self._loop.time()))
                 hurry.clear()
 
+    @property
+    def connected(self) -> bool:
+        """Whether the core is heard."""
+        return self.connection.link.silence() <= LOST and not self.connection.key_refusal
+
     def _core_facts(self) -> dict[str, Any]:
-        silence, refusal = self.connection.link.silence(), self.connection.key_refusal
-        connected = silence <= LOST and not refusal
+        silence, refusal, connected = self.connection.link.silence(), self.connection.key_refusal, self.connected
         return {
             "address": self.core,
             "connected": connected,

@@ -27,8 +27,9 @@ MAX_RESULT: Final = 16 << 20
 #: Maximum number of unanswered requests of a page; its frames a second, and at once.
 MAX_UNANSWERED: Final = 64
 FRAMES: Final = (20.0, 100)
-#: Seconds until a page that takes nothing is closed.
+#: Seconds until a page that takes nothing is closed, and until the connection of a page that is closed has ended.
 SLOW: Final = 30.0
+CLOSING: Final = 1.0
 #: Codes with which a websocket is closed (4000 to 4999 are free for applications).
 NOT_LOGGED_IN: Final = 4401
 TOO_SLOW: Final = 4408
@@ -88,12 +89,14 @@ class OpenPage(Page):
         if self._closing is not None:
             code, reason = self._closing
             with contextlib.suppress(Exception):  # it may have gone
-                await asyncio.wait_for(self._socket.close(code, close_reason(reason)), 1.0)
+                await self._socket.close(code, close_reason(reason))
 
     def close(self, code: int, reason: str) -> None:
+        """Close the page, at the latest after CLOSING seconds, also if it takes nothing."""
         if self._closing is None:
             self._closing = code, reason
             self._changed.set()
+            self._loop.call_later(CLOSING, self._socket.state.abort)
 
     def check(self) -> None:
         """Fail the requests that wait while the core is gone."""

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from larpixdaq import config
-from larpixdaq.constants import LAST_RUN, MAX_ATTACHMENT, NO_CORE
+from larpixdaq.constants import LAST_RUN, MAX_ATTACHMENT
 from larpixdaq.errors import ConfigError, LarpixDaqError, NoCore, NotAllowed, RequestTimeout
 from larpixdaq.runtime.event_loop import Signals
 from larpixdaq.runtime.timing import Throttle
@@ -281,7 +281,7 @@ class Web:
         return _json((await self._known(request)).viewer)
 
     async def _health(self, request: Request) -> Response:
-        return _json({"ok": True, "core": self.live.connection.link.silence() <= NO_CORE})
+        return _json({"ok": True, "core": self.live.connected})
 
     # Errors.
 

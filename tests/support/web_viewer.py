@@ -203,6 +203,13 @@ class LivePage:
         return found
 
 
+def is_open(server: int, client: int) -> bool:
+    """Return whether the server's end of a connection between two ports of this host is open."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    ends = f":{server:04X}", f":{client:04X}"
+    return any(line[1].endswith(ends[0]) and line[2].endswith(ends[1]) and line[3] == "01" for line in lines)
+
+
 def read_array(frame: bytes) -> tuple[dict[str, Any], np.ndarray]:
     """Read a binary frame as the page does; pixel codes are u1, positions and quantities of files f4."""
     (size,) = struct.unpack_from("<I", frame)

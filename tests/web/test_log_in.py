@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,9 +15,11 @@ from processes import LIMIT, free_port, until
 from system import System, system
 from web_viewer import NOT_LOGGED_IN, LivePage, Viewer, launch_web, link_of
 
+from larpixdaq.errors import ConfigError
 from larpixdaq.keys.credentials import read_token
 from larpixdaq.operator import Operator
 from larpixdaq.runtime.launcher import command
+from larpixdaq.web import argument_parser, check
 from larpixdaq.web.links import private_file
 from larpixdaq.web.sessions import SESSION
 
@@ -198,3 +202,30 @@ def test_up_starts_it_and_says_the_link(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace(f'"127.0.0.1:{port}"', f'"127.0.0.1:{core}"'))
     refused = run_cli("config", file)
     assert f"port {core} is that of core" in refused.stderr
+
+
+def test_demo_with_the_page(tmp_path: Path) -> None:
+    demo = subprocess.Popen(
+        command("cli", "demo", "--web", "--rate", "5000", "--seconds", "300", "-o", str(tmp_path)),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert demo.stdout is not None
+        viewer = Viewer(demo.stdout.readline().strip().removeprefix("web page: "))
+        assert viewer.log_in()[0] == 200
+        with viewer.live() as page:
+            page.until(lambda: (page.state["status"] or {}).get("state") == "RUN", "the run")
+            page.until(
+                lambda: sum(rate > 0 for rate in page.state["history"]["total"]) > 2, "rates that move", LIMIT * 2
+            )
+    finally:
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(2 * LIMIT) == 128 + signal.SIGINT
+        demo.communicate()
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ConfigError, match=r'uvicorn is not installed: pip install "larpix-daq\[web\]"'):
+        check(argument_parser().parse_args([]))

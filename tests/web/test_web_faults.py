@@ -18,7 +18,7 @@ import pytest
 from emulated_board import Emulator
 from processes import in_thread, until
 from system import System, system
-from web_viewer import CORE_GONE, LivePage, Viewer, launch_web, link_of, patched_web, read_array
+from web_viewer import CORE_GONE, LivePage, Viewer, is_open, launch_web, link_of, patched_web, read_array
 
 from larpixdaq.constants import PRODUCER, RUN_DATA
 from larpixdaq.control.node import Call, Node
@@ -191,19 +191,23 @@ def test_a_viewer_who_takes_nothing_holds_up_nobody(line: System) -> None:
             assert max(later - earlier for earlier, later in pairwise(times)) < 5
 
 
-def test_a_viewer_who_takes_nothing_is_cut_off(line: System) -> None:
+@pytest.mark.parametrize("how", ["too slow", "revoked"])
+def test_a_viewer_who_takes_nothing_is_cut_off(line: System, how: str) -> None:
     operator = line.start("--fake", "1000")
-    with patched_web(line, open_page__SLOW=0.5) as web:
+    with patched_web(line, open_page__SLOW=0.5 if how == "too slow" else 1000) as web:
         viewer = Viewer(link_of(web))
         assert viewer.log_in()[0] == 200
         name = viewer.get("/api/session")["name"]
         with contextlib.closing(slow_socket(viewer)) as slow:
+            ports = viewer.port, slow.getsockname()[1]
+            until(lambda: is_open(*ports), "its connection")
             for number in range(100):
                 slow.sendall(masked(json.dumps({"type": "request", "id": str(number), "action": "status"})))
-            # Its Operator ends 5 s after the page.
-            until(lambda: name in operator.status().result(5)["operators"], "its Operator")
-            until(lambda: name not in operator.status().result(5)["operators"], "the end of its page")
-        assert viewer.get("/api/session")["name"] == name
+            until(lambda: operator.status().result(5)["operators"].count(name), "its Operator")
+            if how == "revoked":
+                operator.revoke(name).result(5)
+            until(lambda: not is_open(*ports), "the end of its connection")
+        assert viewer.request("GET", "/api/session")[0] == (401 if how == "revoked" else 200)
         assert web.stderr == ""
 
 
