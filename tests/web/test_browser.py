@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from emulated_board import Emulator
-from processes import LIMIT, until
+from processes import LIMIT
 from selenium.webdriver.common.keys import Keys
 from system import System
 from web_browser import Browser, browsers
@@ -25,6 +25,8 @@ HOT = "1-1-11-7"
 THRESHOLD = 96
 #: What a text must never become: an element of the page.
 SCRIPT = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+#: Maximum seconds until files are read, in a process of low priority.
+READ = 60.0
 TABS = ("run", "monitor", "configuration", "routines", "runs")
 Open = Callable[[str], Browser]
 
@@ -175,7 +177,7 @@ def test_whole_run(page: Browser, operator: Operator, line: System) -> None:
     page.wait_text(".elog", "beam is back")
     page.wait_text(".run-detail table", ".h5")
     page.click("Read the files and plot")
-    page.wait(lambda: page.run(CANVASES, page.find(".run-plots .plots")) > 2, "the plots of the run")
+    page.wait(lambda: page.run(CANVASES, page.find(".run-plots .plots")) > 2, "the plots of the run", READ)
     page.wait_text(".run-plots table", "COMPLETE")
 
 
@@ -187,15 +189,25 @@ CANVASES = """
 """
 
 
-def test_a_second_run_beside_the_first(page: Browser) -> None:
+def test_a_second_run_beside_the_first(page: Browser, tmp_path: Path) -> None:
     begin_by_clicking(page)
     page.wait_text("#state-more", "0:00:0")
     end_by_clicking(page)
     page.tab("runs")
     page.wait(lambda: len(page.all(".run-list tbody tr")) >= 2, "two runs")
     page.click("with", ".run-list tbody tr:nth-child(2)")
-    page.wait_text(".run-plots table", "run 1")
-    page.wait(lambda: page.run(CANVASES, page.find(".run-plots .plots")) > 1, "plots of both")
+    page.wait_text(".run-plots table", "run 1", READ)
+    page.wait(lambda: page.run(CANVASES, page.find(".run-plots .plots")) > 1, "plots of both", READ)
+    page.wait(lambda: len(page.all(".run-maps canvas")) == 2, "maps of both", READ)
+    (tmp_path / "<b>scope 1.txt").write_text("trace")
+    page.fill("File, of at most 64 MiB", str(tmp_path / "<b>scope 1.txt"))
+    page.click("Attach")
+    assert "5 bytes" in page.wait_text(".attachments", "<b>scope 1.txt")
+    script = """
+        const [done] = arguments;
+        fetch(document.querySelector(".attachments a").href).then((answer) => answer.text()).then(done);
+    """
+    assert page.driver.execute_async_script(script) == "trace"
 
 
 def test_routine(page: Browser) -> None:
@@ -497,13 +509,9 @@ def test_snapshot_of_the_configuration(page: Browser, tmp_path: Path, operator: 
     page.wait_text(".snapshots table", "threshold_global")
     page.click("Write the snapshot's values")
     page.confirm("Write")
-    until(
-        lambda: (
-            operator.retrieve_configuration("1-1-11", "threshold_global").result(LIMIT)["1-1-11"]["wanted"]
-            == {"threshold_global": 200}
-        ),
-        "the old threshold",
-    )
+    page.wait_text(".snapshots", "0 registers different")
+    found = operator.retrieve_configuration("1-1-11", "threshold_global").result(LIMIT)
+    assert found["1-1-11"]["wanted"] == {"threshold_global": 200}
 
 
 def test_chromium_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

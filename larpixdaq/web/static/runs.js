@@ -478,23 +478,29 @@ export class RunsTab {
   }
 
   show() {
+    this.filesKey = this.presentFiles();
+    this.refresh();
+  }
+
+  refresh() {
     this.find();
+    if (this.run !== null) this.open(this.run);
+  }
+
+  // Changes when a run has ended, and when a storage has closed a file.
+  presentFiles() {
+    const last = this.live.state.status?.last_run;
+    const files = components(this.live, "storage").map((storage) => storage.status?.finished?.at(-1)?.file);
+    return JSON.stringify([last?.run, last?.condition, files]);
   }
 
   update(changed) {
     for (const made of [this.add, this.attach])
       setAttribute(made, "disabled", !this.app.mayChange || this.run === null);
     if (!changed.has("status")) return;
-    // A run that has ended, or a file of it that a storage has closed.
-    const last = this.live.state.status?.last_run;
-    const files = components(this.live, "storage").map((storage) => storage.status?.finished?.at(-1)?.file);
-    const key = JSON.stringify([last?.run, last?.condition, files]);
-    if (this.lastKey === key) return;
-    if (this.lastKey !== undefined) {
-      this.find();
-      if (this.run !== null) this.open(this.run);
-    }
-    this.lastKey = key;
+    if (this.filesKey === this.presentFiles()) return;
+    this.filesKey = this.presentFiles();
+    this.refresh();
   }
 
   tick() {}
