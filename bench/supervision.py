@@ -2,7 +2,7 @@
 
     python bench/supervision.py [--boards N] [--rate R] [--kills N] [--seed S] [--cost S] [--update docs/reliability.md]
     python bench/supervision.py --together 600 [--boards N] [--rate R] [--seed S] [--update docs/reliability.md]
-    python bench/supervision.py --hosts 3 [--boards N] [--rate R] [--rounds N] [--update docs/reliability.md]
+    python bench/supervision.py --hosts 1,3 [--boards N] [--rate R] [--rounds N] [--update docs/reliability.md]
 
 Emulated PACMANs that wait for the producer send in all R packets/s (500,000) in one run of each kind of process. In
 it, the processes of this kind are killed N times (10), each some time after it was back. "back" is the time from the
@@ -14,9 +14,9 @@ With --together, processes of all kinds are killed in one run of that many secon
 have told of each kill within 2 s, and all alarms must clear by themselves, some minutes after so many kills.
 
 With --hosts, nothing is killed: hosts in network namespaces, with keys, are started by `larpixdaq up` on all of them at
-the same time, from one file with emulated boards. The time is that until the last of the commands has returned, when
-all processes have registered. "processor" is the time that all of them and the commands have needed for it: the hosts
-have to share the cores of this machine. Needs root.
+the same time, from one file with emulated boards; the numbers of hosts take turns. The time is that until the last of
+the commands has returned, when all processes have registered. "processor" is the time that all of them and the commands
+have needed for it: the hosts have to share the cores of this machine. Needs root.
 """
 
 from __future__ import annotations
@@ -238,77 +238,98 @@ def tables_of_hosts(net: Network, made: Detector, options: argparse.Namespace) -
     half of the boards on the first and on the last."""
     for host in net.hosts:
         yield f'[hosts.{host}]\naddress = "{net.address(host)}"\nstate-dir = "state-{host}"\n'
-    yield f'[storages.disk]\nhost = "{net.hosts[1]}"\n[monitors.rates]\n'
+    yield f'[storages.disk]\nhost = "{net.hosts[len(net.hosts) > 1]}"\n[monitors.rates]\n'
     half = options.boards // 2
     for place, host in enumerate((net.hosts[0], net.hosts[-1])):
         names = [f"module{place * half + number}" for number in range(1, half + 1)]
+        ports = [5556 + 1000 * place + 10 * number for number in range(half)]
         for number, name in enumerate(names):
             group = place * half + number + 1
-            yield f'[boards.{name}]\naddress = "127.0.0.1:{5556 + 10 * number}"\nio-group = {group}\n'
-        rate = options.rate / options.boards
-        yield f'[emulators.rack{place}]\nhost = "{host}"\nio-groups = {half}\nrate = {rate}\n'
+            yield f'[boards.{name}]\naddress = "127.0.0.1:{ports[number]}"\nio-group = {group}\n'
+        yield f'[emulators.rack{place}]\nhost = "{host}"\nio-groups = {half}\nrate = {options.rate / options.boards}\n'
+        yield f"data-port = {ports}\ncommand-port = {[port - 1 for port in ports]}\n"
         yield made.producer(f"producer{place}", f'host = "{host}"\nboards = {names}')
 
 
-def up_on_hosts(options: argparse.Namespace, folder: Path) -> tuple[str, list[str]]:
-    """Start the detector on all hosts at once, several times. Returns the table, and what went wrong."""
-    times: list[list[float]] = []
-    failures: list[str] = []
-    with (
-        closing(Network(*(f"daq{number}" for number in range(1, options.hosts + 1)))) as net,
-        net.inside(net.hosts[0]),
-        detector(folder, net.address(net.hosts[0])) as made,
-    ):
-        made.ring_dir = str(folder)  # because the hosts have no common /dev/shm
+class Hosts:
+    """A detector on some hosts, whose components have keys. `failures`: what went wrong, one line each."""
+
+    def __init__(self, net: Network, made: Detector, options: argparse.Namespace) -> None:
+        made.ring_dir = str(made.folder)  # because the hosts have no common /dev/shm
         made.write(*tables_of_hosts(net, made, options))
-        where: dict[str, dict[str, Any]] = {
-            host: {"prefix": net.prefix(host), "env": {"XDG_STATE_HOME": str(folder / f"home of {host}")}}
+        self.failures: list[str] = []
+        self._made = made
+        self._where: dict[str, dict[str, Any]] = {
+            host: {"prefix": net.prefix(host), "env": {"XDG_STATE_HOME": str(made.folder / f"home of {host}")}}
             for host in net.hosts
         }
+        first, *others = net.hosts
+        self._on(first, "up", made.path)
+        for host in others:
+            invitation = self._on(first, "keys", "invite", made.path, "--host", host)
+            self._on(host, "keys", "join", invitation.split()[3])
+        self._on(first, "down", made.path)
 
-        def on_all(command: str) -> None:
-            with ExitStack() as stack:
-                running = {host: stack.enter_context(made.command(command, made.path, **where[host])) for host in where}
-                for host, process in running.items():
-                    if process.wait(STEP):
-                        failures.append(f"{command} on {host}: {process.stderr.strip()}")
+    def _on(self, host: str, *words: object) -> str:
+        status, said = self._made.run(*words, **self._where[host])
+        if status:
+            self.failures.append(f"{' '.join(map(str, words))} on {host}: {said.strip()}")
+        return said
 
-        def on(host: str, *words: object) -> str:
-            status, said = made.run(*words, **where[host])
-            if status:
-                failures.append(f"{' '.join(map(str, words))} on {host}: {said.strip()}")
-            return said
+    def on_all(self, command: str) -> tuple[float, float]:
+        """Run `up` or `down` on all hosts at once. Returns seconds, and processor seconds."""
+        began, used = time.monotonic(), self._processor()
+        with ExitStack() as stack:
+            commands = {
+                host: stack.enter_context(self._made.command(command, self._made.path, **where))
+                for host, where in self._where.items()
+            }
+            for host, process in commands.items():
+                if process.wait(STEP):
+                    self.failures.append(f"{command} on {host}: {process.stderr.strip()}")
+        return time.monotonic() - began, self._processor() - used
 
-        first = net.hosts[0]
-        on(first, "up", made.path)
-        for host in net.hosts[1:]:
-            on(host, "keys", "join", on(first, "keys", "invite", made.path, "--host", host).split()[3])
-        on(first, "down", made.path)
+    def _processor(self) -> float:
+        """Return the processor seconds of all commands so far, and of the processes that run now."""
+        own = resource.getrusage(resource.RUSAGE_CHILDREN)
+        systems = filter(None, map(read_running, self._made.folder.glob("state-*")))
+        entries = [entry for one in systems for entry in (*one.processes, one.supervisor) if entry is not None]
+        return own.ru_utime + own.ru_stime + sum(processor_seconds(entry.pid) for entry in entries)
 
-        def processor() -> float:
-            """Return the processor time of the commands so far, and of the processes that run now."""
-            own = resource.getrusage(resource.RUSAGE_CHILDREN)
-            systems = filter(None, map(read_running, folder.glob("state-*")))
-            entries = [entry for one in systems for entry in (*one.processes, one.supervisor) if entry is not None]
-            return own.ru_utime + own.ru_stime + sum(processor_seconds(entry.pid) for entry in entries)
 
-        for _ in range(options.rounds):
-            began, used = time.monotonic(), processor()
-            on_all("up")
-            times.append([time.monotonic() - began, processor() - used])
-            began = time.monotonic()
-            on_all("up")
-            times[-1].append(time.monotonic() - began)
-            on_all("down")
-    failures += [f"up took {seconds:.1f} s" for seconds, *_ in times if seconds > UP_LIMIT]
-    columns = [f"{min(column):.2f} to {max(column):.2f}" for column in zip(*times, strict=True)]
+def up_on_hosts(options: argparse.Namespace) -> tuple[str, list[str]]:
+    """Start detectors on these numbers of hosts in turns. Returns the table, and what went wrong."""
+    times: dict[int, list[tuple[float, float, float]]] = {number: [] for number in options.hosts}
+    failures: list[str] = []
+    for _ in range(options.rounds):
+        for number, found in times.items():
+            names = [f"daq{each}" for each in range(1, number + 1)]
+            with (
+                tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder,
+                closing(Network(*names)) as net,
+                net.inside(names[0]),
+                detector(Path(folder), net.address(names[0])) as made,
+            ):
+                hosts = Hosts(net, made, options)
+                up, used = hosts.on_all("up")
+                again, _ = hosts.on_all("up")
+                hosts.on_all("down")
+                found.append((up, used, again))
+                failures += hosts.failures
+            if up > UP_LIMIT:
+                failures.append(f"{number} hosts: up took {up:.1f} s")
     lines = [
         "| hosts | boards | times | `up`, s | processor, s | the same again, s |",
         "| ---: | ---: | ---: | --- | --- | --- |",
-        f"| {options.hosts} | {options.boards} | {len(times)} | {' | '.join(columns)} |",
-        *(f"\n- {text}" for text in failures),
     ]
-    return "\n".join(lines), failures
+    for number, found in times.items():
+        spans = [f"{min(column):.2f} to {max(column):.2f}" for column in zip(*found, strict=True)]
+        lines.append(f"| {number} | {options.boards} | {len(found)} | {' | '.join(spans)} |")
+    return "\n".join([*lines, *(f"\n- {text}" for text in failures)]), failures
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def table(results: list[Result]) -> str:
@@ -335,7 +356,7 @@ def main() -> int:
     add("--seed", type=int, default=1, metavar="S", help="of the random pauses (default %(default)d)")
     add("--cost", type=float, default=20.0, metavar="S", help="seconds in which the supervisor's processor time counts")
     add("--together", type=float, default=0.0, metavar="S", help="kill all kinds in one run of S seconds")
-    add("--hosts", type=int, default=0, metavar="N", help="start N hosts in network namespaces, and kill nothing")
+    add("--hosts", type=numbers, metavar="N,...", help="start N hosts in network namespaces, and kill nothing")
     add("--rounds", type=int, default=5, metavar="N", help="with --hosts: times of starting (default %(default)d)")
     add(
         "--update", type=Path, metavar="FILE",
@@ -348,11 +369,10 @@ def main() -> int:
     if options.hosts:
         if reason := missing_rights():
             raise SystemExit(reason)
-        if options.hosts < 2 or options.boards < 2:
-            parser.error("--hosts: expected at least 2 hosts and 2 boards")
-        with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as name:
-            text, failures = up_on_hosts(options, Path(name))
-        command = f"python bench/supervision.py --hosts {options.hosts} --boards {options.boards}"
+        if min(options.hosts) < 1 or options.boards < 2:
+            parser.error("--hosts: expected at least 1 host and 2 boards")
+        text, failures = up_on_hosts(options)
+        command = f"python bench/supervision.py --hosts {','.join(map(str, options.hosts))} --boards {options.boards}"
         text = with_source(text, f"{command} --rate {options.rate:g} --rounds {options.rounds}")
         print(text)
         if options.update:

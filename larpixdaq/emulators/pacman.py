@@ -37,6 +37,10 @@ SIGTERM end it cleanly. Faults on request, from --fifo-full to --restart, are co
 PORT_STEP = 10
 #: Seconds for which unsent messages are kept at the end.
 LINGER = 10
+#: Seconds before the end in which libzmq's thread notices subscribers that have just gone. If it notices them only
+#: after the closing of their socket, it keeps their messages for LINGER: `larpixdaq down` ends a producer, and then its
+#: board.
+NOTICE = 0.1
 #: Start of the board's clock in ticks: 2 s before the chips' 31-bit timestamps roll over, so that each run has this.
 CLOCK_START = 2**31 - 20_000_000
 #: Words/s on the board's clock with --rate max: a PACMAN with 32 busy io_channels.
@@ -362,3 +366,4 @@ def run(args: argparse.Namespace) -> None:
 
         print(args.detector.ready_line(ready), flush=True)
         emulator.run(report)
+        time.sleep(NOTICE)
