@@ -146,7 +146,7 @@ def true_rates(truth_, result):
 
 
 @pytest.mark.parametrize("small", [100], indirect=True)
-def test_routines_measure_the_values_of_the_emulator(small):
+def test_routines_measure_the_values_of_the_emulator(small, tmp_path):
     operator, truth_ = small
     asked = operator.run_routine("quickstart", seconds=0.2).result(SLOW)
     assert (asked["ok"], asked["chips"], asked["different"]) == (True, 100, {})
@@ -172,7 +172,7 @@ def test_routines_measure_the_values_of_the_emulator(small):
         with pytest.raises(RequestError, match="all channels are masked, as they are at power-up"):
             operator.run_routine(routine).result(SLOW)
     with pytest.raises(RequestError, match=r"low: .* io_channel 1-1 .* carries 75,758"):
-        operator.run_routine("calibrate", 1000.0, 2000.0, directory="/tmp").result(SLOW)
+        operator.run_routine("calibrate", 1000.0, 2000.0, directory=str(tmp_path)).result(SLOW)
     with pytest.raises(RequestError, match="no chip 9-9-9; load_board"):
         operator.run_routine("pedestal", "9-9-9").result(SLOW)
     after = operator.retrieve_configuration().result(LIMIT)
@@ -188,7 +188,7 @@ def test_routines_measure_the_values_of_the_emulator(small):
     assert scan["thresholds"][: len(sums)] == list(range(110, 110 - 2 * len(sums), -2))
 
 
-def test_leaking_and_hot_channels_are_found(small):
+def test_leaking_and_hot_channels_are_found(small, tmp_path):
     """Triggers that another routine has left on do not count as natural hits, and are restored."""
     operator, _ = small
     left_on = {
@@ -202,7 +202,7 @@ def test_leaking_and_hot_channels_are_found(small):
     # 1e-4. Each round then moves it by one trim, a factor of 2.5 or more; with only 2 rounds it may end at 1 kHz. After
     # 8 rounds each channel has had at most 24 hits in 0.1 s (240 Hz). That it has 1000 Hz in the 0.5 s below
     # nevertheless has a chance of 1e-17, at a true rate of 800 Hz.
-    found = operator.run_routine("calibrate", 20.0, 200.0, apply=True, directory="/tmp", rounds=8, start=130)
+    found = operator.run_routine("calibrate", 20.0, 200.0, apply=True, directory=str(tmp_path), rounds=8, start=130)
     result = found.result(SLOW)
     assert result["applied"]
     assert max(result["thresholds"].values()) < 120, "nothing is counted at the initial threshold"
