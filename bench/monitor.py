@@ -7,7 +7,7 @@ monitor says how many packets of each io_group there are and how many of them it
 with the run's file. "Channels" compares the numbers of packets seen of each channel with those in the file: the sum of
 squared deviations over their expectation for a random sample (chi-square), per degree of freedom.
 
-Actions: 8 boards with 800 chips each send 1 M packets/s; in every other span of 10 s the monitor is asked for summary()
+Actions: 8 boards with 800 chips each send 1 M packets/s; in every other span of 4 s the monitor is asked for summary()
 and pixel_map() once a second.
 """
 
@@ -35,8 +35,10 @@ from larpixdaq._native.monitor_counters import PacketCounters
 BOARDS = 8
 #: Seconds until the monitor has found its share.
 SETTLE = 3.0
-#: Seconds with and without requests in turn, and number of turns.
-SPAN, TURNS = 10.0, 4
+#: Seconds until each of many channels has sent.
+FILL = 10.0
+#: Seconds without and with requests in turn, and number of turns.
+SPAN, TURNS = 4, 10
 MARK = "what the monitor sees"
 
 
@@ -125,40 +127,43 @@ def actions() -> dict[str, Any]:
     """Measure the monitor's processor time with and without a request for summary() and pixel_map() each second."""
     options = ["--rate", str(1e6 / BOARDS), "--io-groups", str(BOARDS), "--words-per-message", "1000", "--lossless"]
     options += ["--io-channels", "32", "--chips-per-io-channel", "25", "--wait-for-go"]
-    cores: dict[bool, list[float]] = {False: [], True: []}
+    used = {False: 0.0, True: 0.0}
     took: list[float] = []
-    size = 0
     with temporary_system() as line, contextlib.closing(Emulator(*options)) as board:
         operator = begin_run(line, "--pacman", *board.addresses)
         pid = line.processes["run_data"].popen.pid
         board.go()
-        time.sleep(SPAN)  # until each channel has a histogram
+        time.sleep(FILL)
+        size = operator.pixel_map().result(STEP)["values"].size
         for turn in range(2 * TURNS):
             asks = turn % 2 == 1
-            before, began = processor_seconds(pid), time.monotonic()
-            for second in range(round(SPAN)):
+            before, began = _nanoseconds(pid), time.monotonic()
+            for second in range(SPAN):
                 time.sleep(max(0.0, began + second - time.monotonic()))
                 if asks:
                     asked = time.monotonic()
                     operator.summary().result(STEP)
-                    size = operator.pixel_map().result(STEP)["values"].size
+                    operator.pixel_map().result(STEP)
                     took.append(time.monotonic() - asked)
             time.sleep(max(0.0, began + SPAN - time.monotonic()))
-            cores[asks].append((processor_seconds(pid) - before) / (time.monotonic() - began))
+            used[asks] += (_nanoseconds(pid) - before) / (time.monotonic() - began) / TURNS / 1e9
         seen = operator.packet_rate(channels=False).result(STEP)["seen"]
         board.stop()
         board.finish()
         operator.end_run().result(STEP)
-    without, with_requests = (statistics.median(cores[asks]) for asks in (False, True))
-    more = statistics.median(b - a for a, b in zip(cores[False], cores[True], strict=True))
     return {
         "pixels": size,
         "seen": round(seen, 3),
-        "without": round(without, 4),
-        "with": round(with_requests, 4),
-        "more": round(more / without, 3),
+        "without": round(used[False], 4),
+        "with": round(used[True], 4),
+        "more": round(used[True] / used[False] - 1, 3),
         "ms": round(1e3 * statistics.median(took), 1),
     }
+
+
+def _nanoseconds(pid: int) -> int:
+    """Return the processor time of a process so far. That in /proc/PID/stat has steps of 10 ms."""
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
 
 
 def table(line: dict[str, Any], asked: dict[str, Any]) -> str:

@@ -283,7 +283,7 @@ class Monitor:
             values, scale = self._rate_codes(self._io_groups()[0])[0], _RATES.bounds()
         else:
             raise RequestError(f"pixel_map: quantity: expected rate, mean_adc or packets, found {quantity!r:.100}")
-        keys = self._rates.keys()
+        keys = self._rates.keys()[: len(values)]
         known = {"chips": keys.view(_CHIPS).reshape(-1)} if chips else {"chips_known": len(keys)}
         return {
             "run": self.run,
@@ -300,9 +300,10 @@ class Monitor:
         """Return the numbers of one channel.
 
         `rate`, `mean_rate`: of its data packets, in the last 1.0 to 1.5 s and as in packet_rate(), exact if all rows
-        were seen and otherwise estimated from the seen ones; `seen_packets`: data packets seen; `mean_adc`, `std`: of
-        the ADC histogram, None without entries or without a histogram of its own; `seen`: fraction of the run's rows
-        that was counted; `run`, `time` (unix seconds), and the parameters.
+        were seen and otherwise estimated from the seen ones (`rate`: None if none of its io_group was seen);
+        `seen_packets`: data packets seen; `mean_adc`, `std`: of the ADC histogram, None without entries or without a
+        histogram of its own; `seen`: fraction of the run's rows that was counted; `run`, `time` (unix seconds), and the
+        parameters.
         """
         key = {"io_group": io_group, "io_channel": io_channel, "chip": chip, "channel": channel}
         for name, value in key.items():
@@ -327,7 +328,9 @@ class Monitor:
             seen = int(data[here])
             before = 0 if oldest is None or here[0] >= len(oldest.data) else int(oldest.data[here])
             mean = ratio(by_io_group(groups, "mean_rate"), by_io_group(groups, "seen_packets"))
-            answer["rate"] = (seen - before) % 2**32 * float(self._per_packet(groups)[io_group])
+            per_packet = float(self._per_packet(groups)[io_group])
+            unseen = by_io_group(groups, "rate")[io_group] and not per_packet
+            answer["rate"] = None if unseen else (seen - before) % 2**32 * per_packet
             answer["mean_rate"] = seen * float(mean[io_group])
             answer["seen_packets"] = seen
         return answer

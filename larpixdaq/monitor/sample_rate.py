@@ -19,7 +19,7 @@ _PAUSE: Final = 1.0
 _WEIGHT: Final = 0.6
 #: Maximum factors by which `every` grows or shrinks with a measurement.
 _GROWTH: Final = 2.0
-_DECAY: Final = 0.9
+_DECAY: Final = 0.8
 #: Part of the wanted rows below which the blocks have come too fast for the credit.
 _TOO_FEW: Final = 0.75
 

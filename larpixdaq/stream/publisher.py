@@ -63,27 +63,22 @@ DEAD_CONSUMER = 1000
 
 
 class Sample:
-    """Chooses one block at random of each successive `every` blocks, so that no pattern in their order shows in it.
+    """Draws one block of each successive `every` blocks, so that no pattern in their order shows in the sample.
 
-    A pattern is, for example, that a producer reads its boards in turn. With every=1, all blocks are chosen.
+    A pattern is, for example, that a producer reads its boards in turn. With every=1, all blocks are drawn.
     """
 
     def __init__(self) -> None:
         self.every = 1.0
-        self._first = self._chosen = 0.0  # number of blocks until the next group begins, and its chosen one comes
+        self._left = self._drawn = 0  # blocks left in the present group, and how many are left after the drawn one
 
     def takes_next(self) -> bool:
-        if self.every <= 1.0:
-            self._first = self._chosen = 0.0
-            return True
-        takes = False
-        while self._chosen < 1.0:
-            takes = True
-            self._first += self.every
-            self._chosen = self._first + random.random() * self.every
-        self._first -= 1.0
-        self._chosen -= 1.0
-        return takes
+        if not self._left:
+            # Groups of the two nearest sizes follow each other at random too.
+            self._left = int(self.every) + (random.random() < self.every % 1.0)
+            self._drawn = random.randrange(self._left)
+        self._left -= 1
+        return self._left == self._drawn
 
 
 @dataclass

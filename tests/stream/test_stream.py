@@ -236,8 +236,7 @@ def test_a_sample_has_equal_parts_of_all_boards_and_times(every: float, boards: 
     if every == 1.0:
         assert taken.all()
     for piece in taken.reshape(8, 600):
-        # with a group of less than two blocks, two chosen ones may be the same block
-        assert 600 / every - 0.17 * 600 - 2 < piece.sum() < 600 / every + 2
+        assert piece.sum() == pytest.approx(600 / every, abs=3 * np.sqrt(600 / every) / every + 2)
     for board in range(boards):
         part = taken[board::boards]
         assert part.mean() == pytest.approx(taken.mean(), abs=6 * np.sqrt(taken.mean() / len(part)))
