@@ -428,7 +428,9 @@ cdef void encode_rates(
         j = <size_t>i * t.n_channels
         end = j + t.n_channels
         while j < end:
-            data = t.channels[j].packets - t.others[j]
+            data = t.channels[j].packets
+            if t.chips[i].others:
+                data -= t.others[j]
             n = <uint32_t>data - (before[j] if i < chips_before else 0)
             if n < FEW:
                 code = few[n]
