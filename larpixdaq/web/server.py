@@ -437,8 +437,11 @@ def serve(options: argparse.Namespace) -> None:
     core = config.address(options.core, config.CORE_PORT)
     with contextlib.closing(listen(host, port)) as listening, Signals() as signals:
         port = listening.getsockname()[1]
-        shown = f"[{host}]" if ":" in host else host
-        url = (options.url or f"http://{shown}:{port}").rstrip("/")
+        full = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+        reached = config.outside_address(full).removeprefix("tcp://")
+        url = (options.url or f"http://{reached}").rstrip("/")
+        if not url.startswith("https:") and not is_loopback(host):
+            _log.warning("links and cookies are sent to %s without encryption: see docs/web.md", url)
         asyncio.run(_serve(options, core, url, listening, port, signals))
 
 

@@ -40,7 +40,7 @@ def viewer(line: System, operator: Operator) -> Viewer:
     return viewer
 
 
-def guard_answer(host: list[str], origin: list[str], kind: str, method: str) -> int:
+def guard_answer(host: list[str], origin: list[str], kind: str, method: str, any_address: bool = False) -> int:
     """Return the status with which the guard of a server at loopback answers; 200: it lets the request through."""
     statuses: list[int] = []
 
@@ -58,7 +58,7 @@ def guard_answer(host: list[str], origin: list[str], kind: str, method: str) -> 
     headers += [(b"origin", text.encode("latin-1", "replace")) for text in origin]
     scope = {"type": kind, "method": method, "path": "/", "headers": headers, "query_string": b"", "extensions": {
         "websocket.http.response": {}}}  # fmt: skip
-    guard = Guard(app, frozenset({"localhost", "127.0.0.1", "::1"}), any_address=False)
+    guard = Guard(app, frozenset({"localhost", "127.0.0.1", "::1"}), any_address)
     asyncio.run(guard(scope, receive, send))
     assert len(statuses) == 1
     return statuses[0]
@@ -78,6 +78,15 @@ def test_no_other_host_is_served(host: str, kind: tuple[str, str]) -> None:
         assert guard_answer([host], [f"http://{host}"], *kind) == 403
     assert guard_answer([host, host], [f"http://{host}"], *kind) == 403
     assert guard_answer([], [f"http://{host}"], *kind) == 403
+
+
+@pytest.mark.parametrize("kind", [("http", "GET"), ("http", "POST"), ("websocket", "")])
+def test_any_ip_address_where_all_are_listened_at(kind: tuple[str, str]) -> None:
+    for host in ("10.1.2.3:5580", "[fe80::1]:5580", "192.0.2.1", "localhost:9000"):
+        assert guard_answer([host], [f"http://{host}"], *kind, any_address=True) == 200
+        assert guard_answer([host], ["http://evil.example"], *kind, any_address=True) == 403
+    for host in ("evil.example", "10.1.2.3.evil.example", "010.1.2.3", "10.1.2.3.4", ""):
+        assert guard_answer([host], [f"http://{host}"], *kind, any_address=True) == 403
 
 
 @given(_HOSTS, st.sampled_from(["http", "https", "ws", "file", ""]), _KINDS)

@@ -225,6 +225,17 @@ def test_demo_with_the_page(tmp_path: Path) -> None:
         demo.communicate()
 
 
+def test_a_server_for_all_hosts(line: System, operator: Operator) -> None:
+    web = launch_web(line, "--address", "*:0")
+    assert "without encryption" in web.stderr
+    link = urlsplit(link_of(web))
+    assert link.hostname not in ("*", "0.0.0.0")
+    viewer = Viewer(f"http://127.0.0.1:{link.port}/login#{link.fragment}")
+    assert viewer.log_in()[0] == 200
+    assert viewer.request("GET", "/healthz", headers={"Host": "evil.example"})[0] == 403
+    web.stop()
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ConfigError, match=r'uvicorn is not installed: pip install "larpix-daq\[web\]"'):
