@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from emulated_board import Emulator
-from processes import LIMIT
+from processes import LIMIT, until
 from selenium.webdriver.common.keys import Keys
 from system import System
 from web_browser import Browser, browsers
@@ -73,6 +73,16 @@ def shared(opened: Open, web: str) -> Browser:
     return opened(web)
 
 
+@pytest.fixture(scope="module")
+def chips(operator: Operator) -> None:
+    """All chips are configured, and the hot channel triggers."""
+    operator.load_board(str(Path("tile.json").absolute())).result(LIMIT)
+    assert operator.configure_network().result(LIMIT)["ok"]
+    registers = {"threshold_global": THRESHOLD, "channel_mask": [0] * 64}
+    operator.send_configuration({"all": registers}).result(LIMIT)
+    operator.release_control().result(LIMIT)
+
+
 @pytest.fixture
 def page(shared: Browser, operator: Operator) -> Iterator[Browser]:
     """The page on the tab Run, in STOP, with control free. At the end its console must be empty."""
@@ -122,6 +132,7 @@ def test_whole_run(page: Browser, operator: Operator, line: System) -> None:
     page.click("Write 2 registers", ".registers")
     page.confirm("Write")
     page.wait_text("#requests .latest", "read back 1-1-11: done")
+    page.wait_text(".registers table", f"threshold_global {THRESHOLD} {THRESHOLD}")
     found = operator.retrieve_configuration(None, "threshold_global").result(LIMIT)
     assert {chip["wanted"]["threshold_global"] for chip in found.values()} == {THRESHOLD}
 
@@ -189,14 +200,18 @@ CANVASES = """
 """
 
 
-def test_a_second_run_beside_the_first(page: Browser, tmp_path: Path) -> None:
-    begin_by_clicking(page)
-    page.wait_text("#state-more", "0:00:0")
-    end_by_clicking(page)
+def test_two_runs_beside_each_other(page: Browser, tmp_path: Path, chips: None) -> None:
+    for _ in range(2):
+        begin_by_clicking(page)
+        page.tab("monitor")
+        page.wait_text(".hottest table", HOT)
+        page.tab("run")
+        end_by_clicking(page)
     page.tab("runs")
     page.wait(lambda: len(page.all(".run-list tbody tr")) >= 2, "two runs")
+    run = page.text(".run-list tbody tr:nth-child(2) a")
     page.click("with", ".run-list tbody tr:nth-child(2)")
-    page.wait_text(".run-plots table", "run 1", READ)
+    page.wait_text(".run-plots table", f"run {run}", READ)
     page.wait(lambda: page.run(CANVASES, page.find(".run-plots .plots")) > 1, "plots of both", READ)
     page.wait(lambda: len(page.all(".run-maps canvas")) == 2, "maps of both", READ)
     (tmp_path / "<b>scope 1.txt").write_text("trace")
@@ -379,7 +394,7 @@ def test_web_server_that_is_gone_and_back(opened: Open, line: System, operator: 
     page.driver.quit()
 
 
-def test_keyboard_alone(page: Browser, operator: Operator) -> None:
+def test_keyboard_alone(page: Browser, operator: Operator, chips: None) -> None:
     """A whole run without a mouse, and every tab, from the first Tab key on."""
 
     def press(*keys: str) -> None:
@@ -408,6 +423,8 @@ def test_keyboard_alone(page: Browser, operator: Operator) -> None:
         assert page.run("return document.activeElement.closest('dialog') !== null")
         press(Keys.ENTER)
         page.wait_text("#state-word", state)
+        if state == "RUN":
+            until(lambda: operator.summary().result(LIMIT)["hottest"], "packets of the hot channel")
     page.click("Abort run")
     press(Keys.ESCAPE)
     page.wait(lambda: not page.all("dialog"), "the end of the dialog")
@@ -494,7 +511,7 @@ def test_hidden_page_asks_for_nothing(page: Browser) -> None:
     assert watched[-1] == {"type": "watch", "pixels": None, "histogram": None, "packets": None}
 
 
-def test_snapshot_of_the_configuration(page: Browser, tmp_path: Path, operator: Operator) -> None:
+def test_snapshot_of_the_configuration(page: Browser, tmp_path: Path, operator: Operator, chips: None) -> None:
     page.tab("configuration")
     page.wait_text(".board-control .facts", "4 of generation")
     page.click("Save a snapshot")
