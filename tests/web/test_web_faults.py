@@ -90,7 +90,7 @@ def test_a_core_that_is_gone_and_back(line: System) -> None:
         assert viewer.request("GET", "/healthz")[2] == b'{"ok":true,"core":false}'
         line.restart("core")
         page.until(lambda: page.state["core"]["connected"], "the core again")
-        assert page.ask("state")["value"] == "STOP"
+        page.until(lambda: page.ask("state")["value"] == "STOP", "the core in STOP")
     line.processes["core"].kill()
     line.processes["web"].stop()
     again = line.launch("web", "--core", line.core, "--address", f"127.0.0.1:{viewer.port}", key="web")
