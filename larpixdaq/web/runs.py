@@ -239,7 +239,7 @@ def _split(data: bytes) -> list[bytes]:
 
 def main(paths: Sequence[str]) -> int:
     """Write the parts of a summary to standard output; in the child process."""
-    os.nice(10)
+    os.nice(5)
     from larpixdaq.hdf5.run_summary import summarise
 
     try:
