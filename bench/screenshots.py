@@ -29,8 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "monitor.md"
 TABS = ("run", "monitor", "configuration", "routines", "runs")
 SIZES = ((1280, 900), (1920, 1080))
-#: Colours of a picture, so that all of them together stay small.
-COLOURS = 256
+#: The pictures that show also what lies below the screen.
+WHOLE = "dark", SIZES[0][0]
+#: Colours of a picture, so that all of them together stay small: the most frequent ones, and others between them.
+FREQUENT, OTHERS = 16, 16
 #: Clock ticks between the periodic triggers of a chip: as slow as its register allows.
 SLOWEST = (1 << 24) - 1
 THRESHOLD = 96  # at which hot channels alone trigger themselves
@@ -85,8 +87,16 @@ def save(page: Browser, path: Path, width: int, height: int, *, whole: bool) -> 
     if whole:
         page.size(width, max(height, page.run("return document.documentElement.scrollHeight")))
     time.sleep(2.5)  # the next values come, and plots are drawn anew
-    image = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
-    image.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+    few_colours(Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")).save(path, optimize=True)
+
+
+def few_colours(image: Image.Image) -> Image.Image:
+    """Return an image with few colours, of which those of backgrounds and texts are exact."""
+    counted = sorted(image.getcolors(1 << 24) or [], key=lambda pair: pair[0], reverse=True)
+    others = image.quantize(OTHERS, Image.Quantize.MAXCOVERAGE).getpalette() or []
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([part for _, colour in counted[:FREQUENT] for part in colour] + others[: 3 * OTHERS])
+    return image.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
 def fill_configuration(page: Browser) -> None:
@@ -186,7 +196,9 @@ def main() -> None:
             for width, height in SIZES:
                 for scheme in ("dark", "light"):
                     page.colours(scheme)
-                    save(page, args.output / f"{tab}-{scheme}-{width}.png", width, height, whole=width == SIZES[0][0])
+                    save(
+                        page, args.output / f"{tab}-{scheme}-{width}.png", width, height, whole=(scheme, width) == WHOLE
+                    )
         operator.take_control().result(STEP)
         operator.abort_run().result(STEP)
     if args.output == ROOT / "docs" / "pictures":

@@ -1,6 +1,6 @@
 // What the state says about run, losses and problems. A word of praise appears nowhere: what is not known is called so.
 
-import { age, bytes, count, known, percent, plural, rate, utc } from "./format.js";
+import { age, bytes, count, cut, known, percent, plural, rate, utc } from "./format.js";
 
 // Levels, from the least important. "stale": the number is old, or nothing is known.
 const ORDER = ["", "note", "warning", "stale", "alarm"];
@@ -149,7 +149,7 @@ function add_component(component, open, add) {
 export function details(component) {
   const facts = component.status ?? {};
   const info = component.info ?? {};
-  const parts = ["source", "directory", "file"].filter((name) => info[name]).map((name) => String(info[name]));
+  const parts = ["source", "directory", "file"].filter((name) => info[name]).map((name) => cut(String(info[name]), 80));
   if (component.kind === "producer") parts.push(...producer(facts));
   else if (component.kind === "storage") parts.push(...storage(facts));
   else if (component.kind === "run_data")

@@ -74,7 +74,7 @@ export class MonitorTab {
     this.summary = null; // the last one that came
     this.summaryAt = -Infinity;
     this.selection = { io_group: null, io_channel: null, chip: null, channel: null };
-    this.stale = element("p", { class: "stale-word", role: "status", hidden: true });
+    this.stale = element("p", { class: "stale-word", hidden: true });
     this.node = element(
       "div",
       {},

@@ -194,14 +194,16 @@ export class PixelMap {
     }
     if (!sides.length) return;
     const width = Math.max(...sides.map((side) => side.columns)) + GAP;
-    const height = Math.max(...sides.map((side) => side.rows)) + GAP * 3;
-    const best = this.panelsInRow(sides.length, width, height);
-    this.panelSize = { count: sides.length, width, height, best };
+    const tallest = Math.max(...sides.map((side) => side.rows));
+    const { best, scale } = this.panelsInRow(sides.length, width, tallest + GAP);
+    this.panelSize = { count: sides.length, width, height: tallest + GAP, best };
+    const label = Math.max(GAP, Math.ceil(LABEL / scale)); // rows above each panel, for its name
+    const height = tallest + label;
     this.columns = best * width - GAP;
     this.rows = Math.ceil(sides.length / best) * height;
     sides.forEach((side, place) => {
       const left = (place % best) * width;
-      const top = Math.floor(place / best) * height + GAP * 3;
+      const top = Math.floor(place / best) * height + label;
       for (const [index, x, y] of side.cells) {
         this.cellX[index] = left + Math.round(x - side.left);
         this.cellY[index] = top + Math.round(side.top - y);
@@ -210,18 +212,18 @@ export class PixelMap {
     });
   }
 
-  // The number of panels beside each other with which they are largest.
+  // The number of panels beside each other with which they are largest, and the CSS pixels of a cell then.
   panelsInRow(panels, width, height) {
     const [wide, high] = [this.frame.clientWidth || 1000, this.frame.clientHeight || 500];
     const scale = (n) => Math.min(wide / (n * width), high / (Math.ceil(panels / n) * height));
     let best = 1;
     for (let n = 2; n <= panels; n += 1) if (scale(n) > scale(best)) best = n;
-    return best;
+    return { best, scale: scale(best) };
   }
 
   resize() {
     const { count: panels, width, height, best } = this.panelSize ?? {};
-    if (this.uniform && this.panelsInRow(panels, width, height) !== best) {
+    if (this.uniform && this.panelsInRow(panels, width, height).best !== best) {
       this.placed = "";
       this.place();
     }

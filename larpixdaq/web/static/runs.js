@@ -38,6 +38,7 @@ export class RunsTab {
     this.requests = app.requests;
     this.run = null;
     this.other = null;
+    this.chosen = false; // whether a person has chosen the run; otherwise it is the newest one
     this.wanted = false; // whether plots of these runs were asked for
     this.summaries = new Map();
     this.node = element("div", { class: "grid runs-grid" }, this.listPanel(), this.detailPanel(), this.plotPanel());
@@ -64,7 +65,7 @@ export class RunsTab {
           title: "run",
           number: true,
           node: (row) =>
-            button(String(row.run), () => this.open(row.run), { class: "link", "aria-label": `Show run ${row.run}` }),
+            button(String(row.run), () => this.choose(row.run), { class: "link", "aria-label": `Show run ${row.run}` }),
         },
         {
           title: "condition",
@@ -96,7 +97,12 @@ export class RunsTab {
     this.files = new Table(
       "Files",
       [
-        { title: "file", wide: true, text: (row) => row.path.split("/").pop(), hint: (row) => row.path },
+        {
+          title: "file",
+          wide: true,
+          text: (row) => `${row.path.split("/").pop()}\nsha256 ${row.sha256 || "not yet"}`,
+          hint: (row) => `${row.path}\nsha256 ${row.sha256}`,
+        },
         { title: "size", number: true, text: (row) => bytes(row.bytes), hint: (row) => count(row.bytes, "bytes") },
         {
           title: "condition",
@@ -104,11 +110,6 @@ export class RunsTab {
           level: (row) => (row.condition === "CONTINUED" ? "" : levelOf(row.condition)),
         },
         { title: "storage", text: (row) => row.storage },
-        {
-          title: "sha256",
-          text: (row) => (row.sha256 ? `${row.sha256.slice(0, 12)}…` : "not yet"),
-          hint: (row) => row.sha256,
-        },
       ],
       { empty: "no closed file yet" },
     );
@@ -201,11 +202,16 @@ export class RunsTab {
         this.listNote,
         `${plural(found.runs.length, "run")}${before === null ? "" : ` before run ${before}`}${found.more ? ", and older ones" : ""}, the newest first`,
       );
-      if (this.run === null && found.runs.length) this.open(found.runs[0].run);
+      if (!this.chosen && found.runs.length) this.open(found.runs[0].run);
     } catch (error) {
       this.table.update(null, () => "");
       setText(this.listNote, error.message);
     }
+  }
+
+  choose(number) {
+    this.chosen = true;
+    this.open(number);
   }
 
   async open(number) {
@@ -319,6 +325,7 @@ export class RunsTab {
   }
 
   compare(number) {
+    this.chosen = true;
     this.other = number === this.run ? null : number;
     this.wantPlots();
   }
@@ -484,7 +491,7 @@ export class RunsTab {
 
   refresh() {
     this.find();
-    if (this.run !== null) this.open(this.run);
+    if (this.chosen) this.open(this.run);
   }
 
   // Changes when a run has ended, and when a storage has closed a file.
