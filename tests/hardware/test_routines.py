@@ -121,6 +121,8 @@ registration = {
 class Call:
     """Stands in for node.Call and keeps its messages."""
 
+    action = "run_routine"
+
     def __init__(self):
         self.events = []
 
@@ -503,6 +505,7 @@ from pathlib import Path
 sys.path += {[str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]!r}
 from test_routines import without_boards
 class Call:
+    action = "run_routine"
     def ack(self, text=""): pass
     def progress(self, *args):
         print(child._process.pid, flush=True)

