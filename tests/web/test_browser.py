@@ -444,8 +444,6 @@ def test_keyboard_alone(page: Browser, operator: Operator, chips: None) -> None:
         assert page.find(f"#panel-{name}").is_displayed()
     press(Keys.ARROW_RIGHT)
     go_to("the map", lambda: page.run("return document.activeElement.tagName") == "CANVAS")
-    press(Keys.ARROW_RIGHT)
-    page.wait_text(".map-info", "1-1-")
 
 
 def test_labels(page: Browser) -> None:
@@ -498,6 +496,13 @@ def test_policy_and_no_request_to_others(page: Browser) -> None:
     console = page.console()
     assert console
     assert all("Content Security Policy" in line for line in console)
+
+
+def test_strange_addresses_open_the_first_tab(page: Browser) -> None:
+    for fragment in ("constructor", "__proto__", "%3Cscript%3E"):
+        page.run("location.hash = arguments[0]", fragment)
+        page.reload()
+        assert page.find("#panel-run").is_displayed()
 
 
 def test_hidden_page_asks_for_nothing(page: Browser) -> None:

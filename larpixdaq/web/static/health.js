@@ -71,6 +71,9 @@ export function losses(live) {
   const found = [];
   if (absent.length || !producers.length)
     found.push(["alarm", "not known", `not heard: ${absent.join(", ") || "any producer"}`]);
+  const uncounted = producers.filter((producer) => producer.alive && !counted.includes(producer));
+  if (uncounted.length)
+    found.push(["stale", "not known", `no counts of ${uncounted.map((producer) => producer.name).join(", ")} yet`]);
   if (sum("dropped")) found.push(["alarm", `${plural(sum("dropped"), "row")} dropped`, "no room in ring and spool"]);
   if (groups("lost").length) found.push(["alarm", "LOST", `before the host, io_group ${groups("lost").join(", ")}`]);
   if (groups("suspect").length)

@@ -38,7 +38,7 @@ class App {
     this.live.on("connection", (event) => this.connection(event));
     this.listen();
     this.setTheme(read("theme") ?? "system");
-    this.open(location.hash.slice(1) in this.tabs ? location.hash.slice(1) : "run");
+    this.open(Object.hasOwn(this.tabs, location.hash.slice(1)) ? location.hash.slice(1) : "run");
     this.showBar();
     this.live.start();
     setInterval(() => this.tick(), TICK);
@@ -66,7 +66,7 @@ class App {
     const names = Object.keys(this.tabs);
     at("tabs").addEventListener("click", (event) => {
       const name = event.target.id?.replace("tab-", "");
-      if (name in this.tabs) this.open(name);
+      if (name && Object.hasOwn(this.tabs, name)) this.open(name);
     });
     at("tabs").addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -84,7 +84,7 @@ class App {
       at(`tab-${names[place]}`).focus();
     });
     addEventListener("hashchange", () => {
-      if (location.hash.slice(1) in this.tabs) this.open(location.hash.slice(1));
+      if (Object.hasOwn(this.tabs, location.hash.slice(1))) this.open(location.hash.slice(1));
     });
     document.addEventListener("visibilitychange", () => this.rewatch());
     at("theme").addEventListener("click", () => {
@@ -99,7 +99,7 @@ class App {
   }
 
   setTheme(theme) {
-    this.theme = theme in THEMES ? theme : "system";
+    this.theme = Object.hasOwn(THEMES, theme) ? theme : "system";
     write("theme", this.theme);
     if (this.theme === "system") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = this.theme;
