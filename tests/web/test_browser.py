@@ -168,7 +168,10 @@ def test_whole_run(page: Browser, operator: Operator, line: System) -> None:
     assert hot[3] == 255
     page.find(".map canvas").send_keys(Keys.ARROW_DOWN)
     page.wait_text(".map-info", "no packet")
-    at = page.find(".map canvas").get_attribute("data-cursor")
+    before = at
+    at = page.wait(
+        lambda: page.find(".map canvas").get_attribute("data-cursor").replace(before, ""), "the cursor moved"
+    )
     silent = page.canvas_colour(".map canvas", *map(float, at.split(",")))
     assert silent != hot
     page.wait_text(".adc .facts", "ADC counts")
