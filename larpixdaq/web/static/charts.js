@@ -1,7 +1,7 @@
 // Charts with BokehJS, as Bokeh's wheel brings it. It is loaded when the first chart is shown.
 //
-// Each chart belongs to a <div> with a label for screen readers, is drawn only while it is visible, and takes the colours
-// of the page: a change of the theme makes it anew.
+// Each chart belongs to a <div> with a label for screen readers, is drawn only while it is visible, and takes the
+// colours of the page: a change of the theme makes it anew.
 
 import { element } from "./elements.js";
 
@@ -187,8 +187,8 @@ class Chart {
   }
 }
 
-// Lines over time or any x: set({x: [...], lines: [{name, values, colour, dash, x}]}); a line may have an x of its own. In
-// linear scale the y axis begins at 0.
+// Lines over time or any x: set({x: [...], lines: [{name, values, colour, dash, x}]}); a line may have an x of its own.
+// In linear scale the y axis begins at 0.
 export class Lines extends Chart {
   constructor(label, options) {
     super(label, { bottom: options.log ? null : 0, ...options });

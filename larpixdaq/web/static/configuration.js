@@ -58,7 +58,8 @@ const valueText = (value) =>
       ? "–"
       : String(value);
 
-// A value as a person writes it: a number, several numbers with blanks or commas between them, or "64 × 0" for equal ones.
+// A value as a person writes it: a number, several numbers with blanks or commas between them, or "64 × 0" for 64 equal
+// ones.
 export function parseValue(text) {
   const repeated = /^\s*(\d+)\s*[×x*]\s*(\d+)\s*$/.exec(text);
   if (repeated) return new Array(Number(repeated[1])).fill(Number(repeated[2]));
@@ -438,7 +439,8 @@ export class ConfigurationTab {
   }
 
   showStatus(found) {
-    const facts = found.map(({ supplies, doubts, ...rest }) => rest);
+    const shown = ([name]) => name !== "supplies" && name !== "doubts";
+    const facts = found.map((board) => Object.fromEntries(Object.entries(board).filter(shown)));
     const supplies = found.flatMap((board) =>
       (board.supplies ?? []).map((supply) => ({ io_group: board.io_group, ...withUnits(supply) })),
     );
@@ -509,7 +511,8 @@ export class ConfigurationTab {
         {
           title: "Set the UART clock?",
           lines: [
-            `${ratio} clock ticks a bit, io_channel ${this.channel.value || "all"} of io_group ${this.group.value || "all"}. Chips with another setting are not heard then.`,
+            `${ratio} clock ticks a bit, io_channel ${this.channel.value || "all"} of io_group ${this.group.value || "all"}.`,
+            "Chips with another setting are not heard then.",
           ],
           action: "Set UART clock",
         },
@@ -697,7 +700,8 @@ export class ConfigurationTab {
       await ask({
         title: "Write anew what differs?",
         lines: [
-          `Registers of ${chip ? chip.join(", ") : "all chips"} are read, and those that differ from the wanted values are written, three times at most.`,
+          `Registers of ${chip ? chip.join(", ") : "all chips"} are read, and those that differ from the wanted`,
+          "values are written, three times at most.",
         ],
         action: "Write what differs",
       })
@@ -793,7 +797,12 @@ export class ConfigurationTab {
       this.snapshotTable.update(rows.slice(0, SHOWN), (row) => `${row.chip} ${row.register}`);
       setText(
         this.snapshotFacts,
-        `${file.name}, of ${String(snapshot.time).slice(0, 19).replace("T", " ")} UTC: ${plural(rows.length, "register")} different${absent.length ? `; ${plural(absent.length, "chip")} of it not known now` : ""}${rows.length > SHOWN ? `; the first ${SHOWN} are shown` : ""}`,
+        [
+          `${file.name}, of ${String(snapshot.time).slice(0, 19).replace("T", " ")} UTC: ` +
+            `${plural(rows.length, "register")} different`,
+          ...(absent.length ? [`${plural(absent.length, "chip")} of it not known now`] : []),
+          ...(rows.length > SHOWN ? [`the first ${SHOWN} are shown`] : []),
+        ].join("; "),
       );
       this.restoreButton.hidden = !rows.length;
     });

@@ -77,9 +77,9 @@ export function panel(title, attributes = {}, ...children) {
   return { panel: made, body, note, tools };
 }
 
-// A table that keeps its rows by key, so that focus and selection survive an update, and changes only texts that differ.
-// Columns: {title, text(row), number, wide, level(row), hint(row), node(row)}; `node` makes an element once for each row.
-// Texts of `wide` columns are broken into lines.
+// A table that keeps its rows by key, so that focus and selection survive an update, and changes only texts that
+// differ. Columns: {title, text(row), number, wide, level(row), hint(row), node(row)}; `node` makes an element once for
+// each row. Texts of `wide` columns are broken into lines.
 export class Table {
   constructor(label, columns, { empty = "none", className = "" } = {}) {
     this.columns = columns;

@@ -157,7 +157,8 @@ export class Live {
     if (changed.size) this.emit("change", changed);
   }
 
-  // Adds points to the history. An io_group that is new, or has no point, gets null there, so that all columns have one length.
+  // Adds points to the history. An io_group that is new, or has no point, gets null there, so that all columns have one
+  // length.
   appendHistory(items) {
     const history = (this.state.history ??= { times: [], total: [], io_groups: {} });
     for (const item of items) {
@@ -193,7 +194,8 @@ export class Live {
   }
 
   // Requests an action of the core (no component, no kind), of a component by name, or of the first of a kind. Resolves
-  // with the value of the result; rejects with an Error whose name is the class of the error. `report` gets every response.
+  // with the value of the result; rejects with an Error whose name is the class of the error. `report` gets every
+  // response.
   request(action, params = {}, { component = "", kind = "", report = () => {} } = {}) {
     const id = `page-${(this.nextId += 1)}`;
     return new Promise((resolve, reject) => {

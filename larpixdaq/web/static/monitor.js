@@ -564,8 +564,10 @@ export class MonitorTab {
         },
         { kind: "run_data" },
       );
+      const spread = `${digits(found.mean_adc, 4)} ± ${digits(found.std, 3)} counts`;
+      const adc = `mean ADC ${known(found.mean_adc) ? spread : "not known"}`;
       const text = found.seen_packets
-        ? `${rate(found.rate)} now, ${rate(found.mean_rate)} in the run, ${count(found.seen_packets, "packets seen")}, mean ADC ${known(found.mean_adc) ? `${digits(found.mean_adc, 4)} ± ${digits(found.std, 3)} counts` : "–"}`
+        ? `${rate(found.rate)} now, ${rate(found.mean_rate)} in the run, ${count(found.seen_packets, "packets seen")}, ${adc}`
         : "no packet seen in this run";
       this.map.addExact(channel, text);
       if (selected) {
@@ -592,8 +594,9 @@ export class MonitorTab {
   }
 
   showMapNote(header = this.map.header) {
+    const channels = header ? count(header.shape[0] * header.shape[1], "channels") : "";
     const cover = header
-      ? `${count(header.shape[0] * header.shape[1])} channels of ${plural(header.shape[0], "chip")}, run ${header.run ?? "none"}, ${seen(header.seen)}`
+      ? `${channels} of ${plural(header.shape[0], "chip")}, run ${header.run ?? "none"}, ${seen(header.seen)}`
       : this.quantity.value
         ? "waiting for the monitor"
         : "off";
@@ -663,10 +666,11 @@ export class MonitorTab {
     }
     const groups = summary.io_groups ?? [];
     this.groups.update(groups, (row) => row.io_group);
+    const layout = summary.layout ? [`layout ${summary.layout}`] : [];
     const run = known(summary.run) ? `run ${summary.run}${summary.kind ? ` (${summary.kind})` : ""}` : "no run yet";
     setText(
       this.groupNote,
-      `${run}, ${summary.layout ? `layout ${summary.layout}, ` : ""}rates, packets and rows exact; FIFO flags: ${seen(summary.seen)}`,
+      `${[run, ...layout].join(", ")}, rates, packets and rows exact; FIFO flags: ${seen(summary.seen)}`,
     );
     setText(this.rateNote, `${rate(summary.rate)} now, ${rate(summary.mean_rate)} over the run, exact`);
     const rates = summary.channel_rates;

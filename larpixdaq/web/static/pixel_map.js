@@ -1,5 +1,5 @@
-// The map of all channels on a canvas: one byte a channel becomes one colour, at the pixel's position in the pixel layout, or
-// as chips x channels in a band for each io_group. 409,600 channels are painted in a few ms (docs/monitor.md).
+// The map of all channels on a canvas: one byte a channel becomes one colour, at the pixel's position in the pixel
+// layout, or as chips x channels in a band for each io_group. 409,600 channels are painted in a few ms (docs/monitor.md).
 //
 // A screen pixel that covers several channels shows the highest of them, so that a single hot channel never disappears.
 
@@ -12,8 +12,8 @@ const LABEL = 18; // CSS pixels for the name of an io_group
 const MAX_ZOOM = 64;
 const NOWHERE = 0xffffffff;
 
-// The number that a code stands for; null when no packet was seen. Scales: {low, high} is logarithmic from code 1 to 255,
-// {low, high, linear: true} is linear; {step} counts from 0.
+// The number that a code stands for; null when no packet was seen. Scales: {low, high} is logarithmic from code 1 to
+// 255, {low, high, linear: true} is linear; {step} counts from 0.
 export function decode(scale, code) {
   if (!code) return null;
   if (scale?.linear) return scale.low + ((scale.high - scale.low) * (code - 1)) / 254;
@@ -48,7 +48,8 @@ export const QUANTITIES = {
 };
 
 export class PixelMap {
-  // `hover(channel)` is called when the pointer or the cursor rests on a channel, `select(channel)` on a click or Enter.
+  // `hover(channel)` is called when the pointer or the cursor rests on a channel, `select(channel)` on a click or
+  // Enter.
   constructor({ hover = () => {}, select = () => {} } = {}) {
     this.hover = hover;
     this.select = select;
@@ -230,7 +231,8 @@ export class PixelMap {
     this.draw();
   }
 
-  // The view: cells are scaled by `scaleX` and `scaleY` CSS pixels, and the cell at `left`, `top` is at the canvas' corner.
+  // The view: cells are scaled by `scaleX` and `scaleY` CSS pixels, and the cell at `left`, `top` is at the corner of the
+  // canvas.
   view() {
     const margin = this.uniform ? 0 : LABEL;
     const width = this.frame.clientWidth - margin;
@@ -440,7 +442,8 @@ export class PixelMap {
     if (key === this.legendKey) return;
     this.legendKey = key;
     const bar = element("span", { class: "bar" });
-    bar.style.background = `linear-gradient(to right, ${[0, 0.25, 0.5, 0.75, 1].map((at) => `rgb(${this.palette[Math.round(at * 255)].join(" ")})`).join(", ")})`;
+    const stops = [0, 64, 128, 191, 255].map((step) => `rgb(${this.palette[step].join(" ")})`);
+    bar.style.background = `linear-gradient(to right, ${stops.join(", ")})`;
     const value = (code) => text(decode(scale, code));
     this.legend.replaceChildren(
       element("span", {}, `${title}: ${value(low)}`),
@@ -469,7 +472,13 @@ export class PixelMap {
     const { text, none } = QUANTITIES[this.header.quantity];
     const value =
       this.exact && this.values[index] ? this.exact[index] : decode(this.header.scale, this.values[index] ?? 0);
-    const place = `io_group ${channel.io_group}, io_channel ${channel.io_channel}${known(tile) ? `, tile ${tile}` : ""}, chip ${channel.chip_id}, channel ${channel.channel_id}`;
+    const place = [
+      `io_group ${channel.io_group}`,
+      `io_channel ${channel.io_channel}`,
+      ...(known(tile) ? [`tile ${tile}`] : []),
+      `chip ${channel.chip_id}`,
+      `channel ${channel.channel_id}`,
+    ].join(", ");
     return `${place}: ${value === null ? none : `${this.exact ? "" : "about "}${text(value)}`}`;
   }
 
@@ -578,7 +587,9 @@ export class PixelMap {
       if (index === null) return;
       if (index !== this.cursor) this.moveTo(index);
       this.tip.textContent = this.info.textContent;
-      this.tip.style.transform = `translate(${Math.min(x + 14, this.frame.clientWidth - this.tip.offsetWidth - 4)}px, ${y > 60 ? y - this.tip.offsetHeight - 8 : y + 18}px)`;
+      const left = Math.min(x + 14, this.frame.clientWidth - this.tip.offsetWidth - 4);
+      const top = y > 60 ? y - this.tip.offsetHeight - 8 : y + 18;
+      this.tip.style.transform = `translate(${left}px, ${top}px)`;
     });
     this.canvas.addEventListener("pointerup", (event) => {
       const moved = drag?.moved;

@@ -317,8 +317,8 @@ export class RoutinesTab {
 const defaultText = (value) =>
   value === null || value === undefined ? "None" : typeof value === "object" ? JSON.stringify(value) : String(value);
 
-// Plots of whatever a result has for each channel or chip: {title, chart, data}. Lists under chip keys become histograms
-// over all channels, "before" and "after" in one; rates at several thresholds become lines.
+// Plots of whatever a result has for each channel or chip: {title, chart, data}. Lists under chip keys become
+// histograms over all channels, "before" and "after" in one; rates at several thresholds become lines.
 export function plotsOf(result) {
   if (result === null || typeof result !== "object") return [];
   const scan = scanOf(result);

@@ -200,7 +200,11 @@ export class RunsTab {
       this.older.hidden = !found.more;
       setText(
         this.listNote,
-        `${plural(found.runs.length, "run")}${before === null ? "" : ` before run ${before}`}${found.more ? ", and older ones" : ""}, the newest first`,
+        [
+          `${plural(found.runs.length, "run")}${before === null ? "" : ` before run ${before}`}`,
+          ...(found.more ? ["and older ones"] : []),
+          "the newest first",
+        ].join(", "),
       );
       if (!this.chosen && found.runs.length) this.open(found.runs[0].run);
     } catch (error) {
@@ -342,7 +346,8 @@ export class RunsTab {
     return found;
   }
 
-  // Draws the plots. Reading the files takes some seconds, so that it begins only when asked for, or when they are known.
+  // Draws the plots. Reading the files takes some seconds, so that it begins only when asked for, or when they are
+  // known.
   async plot() {
     const runs = [this.run, this.other].filter((number) => number !== null);
     setText(this.plotNote, runs.map((number) => `run ${number}`).join(" and "));
