@@ -167,7 +167,7 @@ def test_whole_run(page: Browser, operator: Operator, line: System) -> None:
     hot = page.canvas_colour(".map canvas", *map(float, at.split(",")))
     assert hot[3] == 255
     page.find(".map canvas").send_keys(Keys.ARROW_DOWN)
-    page.wait_text(".map-info", "no packet")
+    page.wait_text(".map-info", "chip 11, channel 8")
     before = at
     at = page.wait(
         lambda: page.find(".map canvas").get_attribute("data-cursor").replace(before, ""), "the cursor moved"
