@@ -81,6 +81,7 @@ class Finisher:
         self.lost: list[Path] = []
         #: Whether a run is being written.
         self.busy = False
+        self._unread: list[Path] = []  # closed files whose packed chunks are to be unpacked
         #: Damaged chunks of closed files, a line for each file, for `status`.
         self.damaged: list[str] = []
         self._publishing, self._summing, self._commands, self._recovering, self._checking = workers = [
@@ -143,6 +144,8 @@ class Finisher:
             log.error("checksums are not ready after %g s: the next start makes those of the newest run", LAST_SUMS)
         self._commands.drain(LAST_COMMANDS)
         self._checking.drain(LAST_CHECK)
+        for path in self._unread:
+            log.warning("%s: not all of its packed chunks were unpacked: larpixdaq verify does it", path.name)
         self._over = True
         running = self._running
         for path in self._left:
@@ -287,10 +290,11 @@ class Finisher:
             return damaged_chunks(path, rest)
 
         def done(found: list[str] | OSError | None) -> None:
+            if found is None:  # the process ends
+                return
+            self._unread.remove(path)
             if isinstance(found, OSError):
                 log.error("its packed chunks were not unpacked: %s", found)
-            elif found is None:
-                log.warning("%s: not all of its packed chunks were unpacked: larpixdaq verify does it", path.name)
             elif found:
                 for line in found:
                     log.error("%s", line)
@@ -300,6 +304,7 @@ class Finisher:
             else:
                 log.info("%s: its packed chunks are good", path.name)
 
+        self._unread.append(path)
         self._checking.submit(job, done)
 
     def add_comments(

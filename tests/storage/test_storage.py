@@ -204,7 +204,7 @@ def test_packed_rows_are_unpacked_for_a_while_after_damaged_ones(
     assert len(ended["files"]) == 2
 
 
-@pytest.mark.parametrize("content", ["no rows", "other rows", "right"])
+@pytest.mark.parametrize("content", ["no rows", "no end", "other rows", "right"])
 def test_packed_chunks_without_time_to_unpack_them_are_unpacked_after_the_close(
     rigs: Callable[..., Rig], content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -217,7 +217,8 @@ def test_packed_chunks_without_time_to_unpack_them_are_unpacked_after_the_close(
         block, rows_of = feed.block(made[0])
         packed = packed_rows(rows_of)
         if number == 2 and content != "right":  # with checksums that are right: a mistake of the producer
-            data = memoryview(bytes(1000)) if content == "no rows" else packed_rows(made[1]).data
+            wrong = {"no rows": bytes(1000), "no end": packed.data[:-4], "other rows": packed_rows(made[1]).data}
+            data = memoryview(wrong[content])
             packed = packed._replace(data=data, crc32=zlib.crc32(data))
         rig.storage.receive("LArPix board", block, None, packed)
     rig.take(feed.end())
@@ -233,7 +234,7 @@ def test_packed_chunks_without_time_to_unpack_them_are_unpacked_after_the_close(
         assert "damaged" not in json.loads(sidecar.read_text())
         return
     (line,) = rig.storage.status().not_recovered
-    assert "rows 32768 to 49152, " + ("cannot be read" if content == "no rows" else "are not the rows that") in line
+    assert "rows 32768 to 49152, " + ("are not the rows that" if content == "other rows" else "cannot be read") in line
     rig.until(lambda: "damaged" in json.loads(sidecar.read_text()), "the sidecar")
     assert json.loads(sidecar.read_text())["damaged"] == [line]
     assert not verify(path).ok
