@@ -82,6 +82,7 @@ def test_a_log_that_takes_no_records_is_reported_once(pull, caplog, monkeypatch)
         "log records wait, and the oldest will be lost: no log takes them at "
         f"{nowhere}, where only its own host reaches it (larpixdaq-log --address)"
     ]
+    monkeypatch.setattr(log_shipping, "_REPORT_AFTER", LIMIT)  # connecting takes a moment
     until(lambda: shipper.ship(Endpoint(address), None), "shipping")
     assert len(caplog.records) == 1
     shipper.ship(Endpoint(), None)

@@ -94,11 +94,16 @@ def test_the_wire_between_two_hosts_shows_neither_texts_nor_rows(tmp_path: Path,
     assert len(captured) > rows.nbytes / 10
     found = [text for text in TEXTS if text.encode() in captured]
     assert found == (list(TEXTS) if insecure else [])
-    chosen = rows[np.linspace(0, len(rows) - 1, 200).astype(int)]
-    plain = sum(row.tobytes() in captured for row in chosen)  # rows of small blocks are not packed
-    assert plain < len(chosen) / 4 if insecure else plain == 0
-    seen = [slice_of(block) in captured for block in blocks_of(path) if len(block) >= MIN_ROWS]
-    assert len(seen) > 10
+    if not insecure:  # with it, rows of small blocks are not packed
+        chosen = rows[np.linspace(0, len(rows) - 1, 200).astype(int)]
+        assert not any(row.tobytes() in captured for row in chosen)
+    large = [block for block in blocks_of(path) if len(block) >= MIN_ROWS]
+    assert len(large) > 10
+    # Until the producer knows that the storage unpacks, within the first blocks, they are sent as they are. Rows of
+    # time stamps are alike for a second.
+    later = [block[block["packet_type"] == 0] for block in large[len(large) // 2 :]]
+    assert not any(data[len(data) // 2].tobytes() in captured for data in later)
+    seen = [slice_of(block) in captured for block in large]
     if insecure:
         assert sum(seen) > len(seen) / 2, "some slices are cut by the end of an IP packet"
     else:

@@ -76,6 +76,7 @@ def shared(opened: Open, web: str) -> Browser:
 @pytest.fixture(scope="module")
 def chips(operator: Operator) -> None:
     """All chips are configured, and the hot channel triggers."""
+    operator.take_control().result(LIMIT)  # a test before may have left it with the page
     operator.load_board(str(Path("tile.json").absolute())).result(LIMIT)
     assert operator.configure_network().result(LIMIT)["ok"]
     registers = {"threshold_global": THRESHOLD, "channel_mask": [0] * 64}
@@ -86,6 +87,7 @@ def chips(operator: Operator) -> None:
 @pytest.fixture
 def page(shared: Browser, operator: Operator) -> Iterator[Browser]:
     """The page on the tab Run, in STOP, with control free. At the end its console must be empty."""
+    operator.take_control().result(LIMIT)
     operator.release_control().result(LIMIT)
     shared.reload()
     shared.tab("run")
