@@ -196,8 +196,8 @@ class Run(msgspec.Struct, forbid_unknown_fields=True):
     #: Totals of ended producers, and reports of storages by name.
     ends: list[RunEnd] = []
     reports: dict[str, StorageEnd] = {}
-    rows: int | None = 0  # that producers made; None: the totals of a producer are unknown
-    stored: int | None = 0  # in the storage that has most; None: no storage has reported
+    rows: int | None = None  # that producers made; None: not known yet, or the totals of a producer are unknown
+    stored: int | None = None  # in the storage that has most; None: not known yet, or no storage has reported
     files: list[str] = []
     reasons: list[str] = []
 

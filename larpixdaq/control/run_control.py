@@ -367,7 +367,7 @@ class RunControl:
 
     def _abandon(self, run: Run) -> None:
         if run.phase == PREPARING:
-            run.phase, run.condition = CANCELLED, RunCondition.CANCELLED
+            run.phase, run.condition, run.rows, run.stored = CANCELLED, RunCondition.CANCELLED, 0, 0
             run.reasons = ["the core was restarted while the run was being prepared"]
         else:
             run.phase, run.condition = ENDED, RunCondition.INTERRUPTED
@@ -482,7 +482,7 @@ class RunControl:
             "cancel_run", {name: Item(params, MONITOR_LIMIT) for name in names if name in self._peers.components}
         )
         yield ComponentRequest("end_run", self._monitor_items(params))
-        run.phase, run.condition = CANCELLED, RunCondition.CANCELLED
+        run.phase, run.condition, run.rows, run.stored = CANCELLED, RunCondition.CANCELLED, 0, 0
         run.ended_ns, run.reasons = time.time_ns(), [reason]
         self._save(run)
         self.run = None

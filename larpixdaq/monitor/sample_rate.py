@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 #: Maximum part of the host's processors that the monitor uses for blocks while it sees only a part of them.
-SHARE: Final = 0.06
+SHARE: Final = 0.07
 #: Seconds between two measurements, and after a pause of the monitor's loop that makes one void.
 PERIOD: Final = 0.25
 _PAUSE: Final = 1.0

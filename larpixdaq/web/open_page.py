@@ -14,7 +14,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from larpixdaq.constants import NO_CORE, Name
 from larpixdaq.control import client
-from larpixdaq.errors import ControlHeld, LarpixDaqError, NoCore, ProtocolError, printable
+from larpixdaq.errors import ControlHeld, LarpixDaqError, ProtocolError, printable
 from larpixdaq.runtime.timing import Throttle
 from larpixdaq.web.live import Live, Page, Watch
 from larpixdaq.web.page import MAX_WAITING, Outbox, to_json
@@ -68,6 +68,7 @@ class OpenPage(Page):
         self._connection = connection
         self._name = secrets.token_hex(8)
         self._open: dict[str, client.Request] = {}
+        self._core_silent = False
         self._loop = asyncio.get_running_loop()
         self._closing: tuple[int, str] | None = None
         self._changed.set()
@@ -99,11 +100,13 @@ class OpenPage(Page):
             self._loop.call_later(CLOSING, self._socket.state.abort)
 
     def check(self) -> None:
-        """Fail the requests that wait while the core is gone."""
-        if self._open and self._connection.link.silence() > NO_CORE:
-            for number, request in list(self._open.items()):
+        """Say at each open request that the core is silent; its answer may still come when it is heard again."""
+        silent = self._connection.link.silence() > NO_CORE
+        if silent and not self._core_silent:
+            for number, request in self._open.items():
                 text = f"{request.action}: the core was not heard for {NO_CORE:g} s; it may still do what was asked"
-                self._respond(number, client.Response("error", error=NoCore(text), text=text))
+                self._put(number, "progress", response_json(number, client.Response("progress", text=text)))
+        self._core_silent = silent
 
     async def _send(self) -> None:
         while True:

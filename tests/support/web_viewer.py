@@ -191,16 +191,24 @@ class LivePage:
 
     def ask(self, action: str, params: dict[str, Any] | None = None, **where: str) -> dict[str, Any]:
         """Make a request and return its last response; the earlier ones are in `responses`."""
+        return self.last(self.request(action, params, **where))
+
+    def request(self, action: str, params: dict[str, Any] | None = None, **where: str) -> str:
+        """Make a request. Returns its id."""
         self._number += 1
         name = f"r{self._number}"
         self.send({"type": "request", "id": name, "action": action, "params": params or {}, **where})
+        return name
 
-        def last() -> dict[str, Any] | None:
+    def last(self, name: str) -> dict[str, Any]:
+        """Return the last response to a request, when it has come."""
+
+        def found() -> dict[str, Any] | None:
             got = self.responses.get(name, [])
             return got[-1] if got and got[-1]["kind"] in ("result", "error") else None
 
-        found: dict[str, Any] = self.until(last, f"the result of {action}")
-        return found
+        response: dict[str, Any] = self.until(found, f"the result of request {name}")
+        return response
 
 
 def is_open(server: int, client: int) -> bool:

@@ -568,7 +568,7 @@ def test_a_real_prometheus_scrapes_a_real_run(tmp_path: Path) -> None:
             operator.prepare_run().result(LIMIT)
             operator.begin_run().result(LIMIT)
             boards.go()
-            check_expressions(prometheus)
+            check_expressions(prometheus, operator)
             rules = [rule for group in prometheus.api("rules")["groups"] for rule in group["rules"]]
             assert {rule["health"] for rule in rules} == {"ok"}
             assert prometheus.query('ALERTS{alertname!="LarpixdaqAlarm", alertstate="firing"}') == []
@@ -599,8 +599,11 @@ def test_a_real_prometheus_scrapes_a_real_run(tmp_path: Path) -> None:
             check_deaths(made, prometheus)
 
 
-def check_expressions(prometheus: Prometheus) -> None:
-    """Wait until every expression gives a series, and until the metrics of all alerts do."""
+def check_expressions(prometheus: Prometheus, operator: Operator) -> None:
+    """Wait until every expression gives a series, and until the metrics of all alerts do.
+
+    On a busy machine the emulated boards are late, so that the monitor cannot compare their clocks and gives no number.
+    """
     missing = expressions()
     late = [where for where, text in missing.items() if NOT_IN_A_SHORT_RUN in text]
     assert [prometheus.query(missing.pop(where)) for where in late] == [[]]
@@ -617,7 +620,12 @@ def check_expressions(prometheus: Prometheus) -> None:
     try:
         until(all_there, "all expressions", 2 * LIMIT)
     except AssertionError:
-        raise AssertionError(f"no series: {missing}") from None
+        clocks = [where for where, text in missing.items() if "time_stamp_spread" in text]
+        if {one["how"] for one in operator.summary().result(LIMIT)["spread"]} == {""}:
+            for where in clocks:
+                del missing[where]
+        if missing:
+            raise AssertionError(f"no series: {missing}") from None
     state = prometheus.query("larpixdaq_run_state == 1")
     assert [one["metric"]["larpixdaq_run_state"] for one in state] == ["RUN"]
     assert prometheus.number("sum(rate(larpixdaq_packets_total[10s]))") == pytest.approx(40000, rel=0.5)

@@ -21,7 +21,16 @@ from processes import LIMIT, until
 
 from larpixdaq import supervisor
 from larpixdaq.runtime.event_loop import Waker
-from larpixdaq.runtime.launcher import Entry, Plan, Wanted, end_process, is_running, read_running, write_plan
+from larpixdaq.runtime.launcher import (
+    Entry,
+    Plan,
+    Wanted,
+    end_process,
+    is_running,
+    read_running,
+    start_time,
+    write_plan,
+)
 from larpixdaq.supervisor import MAX_FAILURES, Supervisor
 
 
@@ -140,7 +149,9 @@ class Supervision(RuleBasedStateMachine):
     def kill(self, number: signal.Signals, data: st.DataObject) -> None:
         if self.pids:
             name = data.draw(st.sampled_from(sorted(self.pids)))
-            os.kill(self.pids.pop(name), number)
+            pid = self.pids.pop(name)
+            os.kill(pid, number)
+            until(lambda: start_time(pid) is None, f"the end of {name}")
 
     @rule()
     def replace_supervisor(self) -> None:

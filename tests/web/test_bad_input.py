@@ -108,6 +108,7 @@ def raw(viewer: Viewer, data: bytes) -> bytes:
     return b""
 
 
+_LONG = b"(70,000 letters)"  # a line of them would be more than hypothesis likes to print
 _LINES = st.lists(
     st.sampled_from(
         [b"GET / HTTP/1.1", b"GET /live HTTP/1.1", b"POST /login HTTP/1.1", b"GET /%2e%2e/%00 HTTP/1.1",
@@ -115,8 +116,7 @@ _LINES = st.lists(
          b"Host: 127.0.0.1", b"Host: evil", b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Version: 13",
          b"Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==", b"Transfer-Encoding: chunked", b"Content-Length: 99999999999",
          b"Content-Length: -1", b"Cookie: larpixdaq-1=\xff", b"Origin: http://127.0.0.1", b"Expect: 100-continue", b"",
-         b"0",
-         b"x" * 70_000, b"{}"]
+         b"0", _LONG, b"{}"]
     )
     | st.binary(max_size=40),
     max_size=12,
@@ -126,7 +126,7 @@ _LINES = st.lists(
 @given(_LINES)
 @_SAME_SERVER
 def test_any_bytes_as_a_request(viewer: Viewer, lines: list[bytes]) -> None:
-    answer = raw(viewer, b"\r\n".join(lines) + b"\r\n\r\n")
+    answer = raw(viewer, b"\r\n".join(b"x" * 70_000 if line == _LONG else line for line in lines) + b"\r\n\r\n")
     assert answer == b"" or answer.startswith(b"HTTP/1.")
     assert not answer.startswith(b"HTTP/1.1 5"), answer
     assert viewer.request("GET", "/healthz")[0] == 200

@@ -85,8 +85,8 @@ def test_a_core_that_is_gone_and_back(line: System) -> None:
         page.until(lambda: page.state["status"], "the status")
         line.processes["core"].kill()
         page.until(lambda: not page.state["core"]["connected"], "the loss of the core")
-        answer = page.ask("state")
-        assert (answer["kind"], answer["error"]) == ("error", "NoCore")
+        asked = page.request("state")
+        page.until(lambda: any("heard" in one["text"] for one in page.responses.get(asked, [])), "word of the core")
         assert viewer.request("GET", "/healthz")[2] == b'{"ok":true,"core":false}'
         line.restart("core")
         page.until(lambda: page.state["core"]["connected"], "the core again")
@@ -101,6 +101,19 @@ def test_a_core_that_is_gone_and_back(line: System) -> None:
     assert viewer.request("GET", "/api/session")[0] == 503
     line.restart("core")
     until(lambda: viewer.request("GET", "/api/session")[0] == 200, "the session with the core")
+
+
+def test_requests_wait_for_a_core_that_is_silent_for_a_while(line: System) -> None:
+    line.start("--fake", "1000")
+    with viewer_of(line).live() as page:
+        assert page.ask("state")["value"] == "STOP"
+        line.processes["core"].popen.send_signal(signal.SIGSTOP)
+        asked = page.request("state")
+        page.until(lambda: page.responses.get(asked), "word of the core")
+        word = page.responses[asked][0]
+        assert (word["kind"], "the core was not heard for 2 s" in word["text"]) == ("progress", True), word
+        line.processes["core"].popen.send_signal(signal.SIGCONT)
+        assert page.last(asked)["value"] == "STOP"
 
 
 def test_a_monitor_of_another_version(line: System) -> None:
