@@ -86,7 +86,9 @@ def test_a_core_that_is_gone_and_back(line: System) -> None:
         line.processes["core"].kill()
         page.until(lambda: not page.state["core"]["connected"], "the loss of the core")
         asked = page.request("state")
-        page.until(lambda: any("heard" in one["text"] for one in page.responses.get(asked, [])), "word of the core")
+        page.until(lambda: page.responses.get(asked), "word of the core")
+        word = page.responses[asked][0]
+        assert word["error"] == "NoCore" or "the core was not heard" in word["text"], word
         assert viewer.request("GET", "/healthz")[2] == b'{"ok":true,"core":false}'
         line.restart("core")
         page.until(lambda: page.state["core"]["connected"], "the core again")
