@@ -67,7 +67,7 @@ class Board(_Table, frozen=True):
         Meta(description="register map of a PACMAN's command server, as --pacman-revision"),
     ] = UNSET
     asic: Annotated[
-        Literal["1", "2", "2b", "lightpix-1", "3"] | UnsetType,
+        Literal["1", "2", "2b", "2d", "lightpix-1", "3"] | UnsetType,
         Meta(description="generation of its chips, one for all boards of a producer (default: `asic` of the producer)"),
     ] = UNSET
 

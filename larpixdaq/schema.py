@@ -163,8 +163,9 @@ class Asic(IntEnum):
     V3 = 4
 
 
-#: Chip generation that decodes the words, by --asic. v2b and LightPix differ from v2 in registers only.
-ASICS: Final = {"1": Asic.V1, "2": Asic.V2, "2b": Asic.V2, "lightpix-1": Asic.V2, "3": Asic.V3}
+#: Chip generation that decodes the words, by --asic. v2b and LightPix differ from v2 in registers only, v2d also in the
+#: magic word of configuration words (hardware/register_map.py).
+ASICS: Final = {"1": Asic.V1, "2": Asic.V2, "2b": Asic.V2, "2d": Asic.V2, "lightpix-1": Asic.V2, "3": Asic.V3}
 
 
 def layout_of(asic: Asic, *, clock64: bool = False) -> RowLayout:
@@ -247,6 +248,11 @@ class ChipIndex:
             on_board = chips >> 16 == io_group
             indices[on_board] = table[chips[on_board] & 0xFFFF]
         return indices
+
+
+def tile_of(io_channel: int) -> int:
+    """Return the number of an io_channel's tile, from 1, as boards and most scripts count them."""
+    return (io_channel - 1) // 4 + 1
 
 
 def key_of(parts: Any) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from larpixdaq._native import chip_emulator as native
 from larpixdaq._native.chip_emulator import PathEnd, Stop
 from larpixdaq.emulators.network import TILE_CHANNELS, Chain, Network, RegisterMap, Wiring, register_map
+from larpixdaq.hardware.register_map import MAGIC_ASICS
 
 
 class Supplies(NamedTuple):
@@ -33,16 +34,18 @@ SUPPLIES: Final = {
     "2": Supplies((1.8, 1.8), (1.5, 1.4)),
     "lightpix-1": Supplies((1.8, 1.8), (1.5, 1.4)),
     "2b": Supplies((1.8, 1.2), (1.5, 1.0)),
+    "2d": Supplies((1.8, 1.1), (1.5, 1.0)),
     "3": Supplies((1.8, 0.9), (1.5, 0.8)),
 }
 #: Ticks of the chips' clock for each bit on their lines at power-up, by chip generation. v3 chips cannot change it.
-TICKS_PER_BIT: Final = {"1": 2, "2": 2, "2b": 2, "lightpix-1": 2, "3": 1}
+TICKS_PER_BIT: Final = {"1": 2, "2": 2, "2b": 2, "2d": 2, "lightpix-1": 2, "3": 1}
 #: By chip generation. From 24 ticks on v2 chips also reset their state machines, which are not emulated.
 RESETS: Final = {
     "1": Reset(1, 1),
     "2": Reset(10, 256),
     "lightpix-1": Reset(10, 256),
     "2b": Reset(10, 256),
+    "2d": Reset(10, 256),
     "3": Reset(15, 31),
 }
 #: Maximum number of tiles of a board: the tile enable register has 32 bits.
@@ -104,7 +107,7 @@ class EmulatedChips:
             self.network.leaves,
             count=self.map.count,
             v1=asic == "1",
-            magic=asic == "3",
+            magic=asic in MAGIC_ASICS,
         )
         #: Tick of the board's clock at which the clock of each chip was 0.
         self.clock_start = np.zeros(n, np.int64)

@@ -36,8 +36,10 @@ _RECEIVE: Final = (0, 1, 2, 3)
 _OPPOSITE: Final = (2, 3, 0, 1)
 _STEPS: Final = ((-1, 0), (0, -1), (1, 0), (0, 1))
 _LEFT: Final = 1
-#: Chip generations as larpix-control names them. It does not know v3, which has v2b's registers here.
-VERSIONS: Final[dict[str, Any]] = {"1": 1, "2": 2, "2b": "2b", "lightpix-1": "lightpix-v1.0", "3": "2b"}
+#: Chip generations as larpix-control names them. v2d and v3, which it does not know, have networks as v2b.
+VERSIONS: Final[dict[str, Any]] = {
+    "1": 1, "2": 2, "2b": "2b", "2d": "2b", "lightpix-1": "lightpix-v1.0", "3": "2b",
+}  # fmt: skip
 #: Chip generations as in --asic, by their names in larpix-control's files.
 _FILE_GENERATIONS: Final = {asic: asic for asic in VERSIONS} | {"lightpix-v1.0": "lightpix-1"}
 #: Common names of registers that v1, v2 and v2b name differently.
@@ -276,6 +278,10 @@ def register_map(asic: str) -> RegisterMap:
     from larpix import Chip  # late, because the import takes a second
 
     chip: Any = Chip("1-1-1", version=VERSIONS[asic])
+    if asic == "2d":
+        from larpixdaq.hardware.register_tables import CONFIGURATIONS
+
+        chip.config = CONFIGURATIONS[asic]()
     config = chip.config
     defaults = np.zeros(256, np.uint8)
     for packet in chip.get_configuration_write_packets():  # all_data() of LightPix leaves two registers out
@@ -411,11 +417,11 @@ def _neighbour(chip: int, direction: int, chips: int, width: int) -> int | None:
 def _root_rows(rows: int, n: int, asic: str) -> list[int]:
     """Return the rows of the n roots of a tile.
 
-    On a tile of 100 chips the roots are 11, 41, 71, 101 (v2), 21, 41, 71, 91 (v2b) and 11, 21, 31, 41 (v3).
+    On a tile of 100 chips the roots are 11, 41, 71, 101 (v2), 21, 41, 71, 91 (v2b, v2d) and 11, 21, 31, 41 (v3).
     """
     if asic == "3":
         return list(range(n))
-    if asic == "2b":
+    if asic in ("2b", "2d"):
         return [(2 * channel + 1) * rows // (2 * n) for channel in range(n)]
     return [channel * (rows - 1) // max(1, n - 1) for channel in range(n)]
 

@@ -358,6 +358,7 @@ class ChipActions:
             answers.asked_again += retry.asked_again
             answers.bad_parity += retry.bad_parity
             answers.strange += retry.strange
+            answers.without_magic += retry.without_magic
             answers.errors |= retry.errors
         return self._compare(indices, answers) | {"written": written}
 
@@ -523,6 +524,7 @@ class ChipActions:
             "asked_again": answers.asked_again,
             "bad_parity": answers.bad_parity,
             "strange_answers": answers.strange,
+            "without_magic": answers.without_magic,
             "board_errors": list(answers.errors.values()),
         }
 

@@ -132,9 +132,9 @@ class ChipState:
         self.take_over(controller)
 
     def _load(self, file: str) -> Any:
-        from larpix import Controller, configs  # here, because it takes a second
+        from larpix import configs  # here, because it takes a second
 
-        controller = Controller()
+        controller = self.registers.controller()
         controller.board_name = ""
         for table in ("_enable_piso_upstream", "_enable_posi", "_enable_piso_downstream"):
             # larpix-control cannot configure networks of LightPix chips, which have the registers of v2
@@ -145,7 +145,7 @@ class ChipState:
         version = self.registers.version
         try:
             version_of_file = configs.load(file, "controller")["asic_version"]
-            if str(version_of_file) not in (str(version), self.registers.asic):
+            if str(version_of_file) not in self.registers.file_versions:
                 raise _bad_board_file(
                     file, f"asic_version is {version_of_file}, this producer has --asic {self.registers.asic}"
                 )
@@ -198,7 +198,16 @@ class ChipState:
         return [index for index, _ in pairs], [config for _, config in pairs]
 
     def take_over(self, controller: Any) -> None:
-        """Take a Controller's register values as the wanted values, and keep the Controller for the next routine."""
+        """Take a Controller's register values as the wanted values, and keep the Controller for the next routine.
+
+        RequestError if it has chips of another generation; then nothing is taken.
+        """
+        strangers = [chip for chip in controller.chips.values() if not self.registers.fits(chip.config)]
+        if strangers and self.registers.version is not None:
+            raise RequestError(
+                f"chip {key_of(_key(strangers[0]))}: expected a configuration of {self.registers.chips} in the "
+                f"Controller, found {type(strangers[0].config).__name__}"
+            )
         keys = [_key(chip) for chip in controller.chips.values()]
         self._add([key for key in keys if key[0] in self.io_groups])
         indices, configs = self._configurations(controller)

@@ -23,7 +23,6 @@ from larpixdaq.hardware.pixel_layout import LoadedLayout
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.hardware.register_io import BATCH, RegisterExchange, interleave
 from larpixdaq.hardware.register_map import ChipRegisters
-from larpixdaq.hardware.register_map import words as make_words
 from larpixdaq.protocol import hardware
 from larpixdaq.schema import Asic, PacketType, types_of
 
@@ -63,6 +62,7 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         words = np.array([int.from_bytes(packet.bytes(), "little") for packet in packets], np.uint64)
         groups = np.array([packet.io_group or 0 for packet in packets], np.int64)
         channels = np.array([packet.io_channel or 0 for packet in packets], np.uint8)
+        words = self.registers.complete(words)
         reads = bool((words & np.uint64(3) == PacketType.CONFIG_READ).any())
         if self.is_listening and reads and self._everything and self.listen_to != "all":
             self._link.listen(hardware.CONFIG_ANSWERS)
@@ -77,7 +77,7 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         """
         chip_keys = _key_parts(keys)
         chips, addresses = np.nonzero(mask)
-        made = make_words(self._asic, PacketType.CONFIG_WRITE, chip_keys[chips, 2], addresses, values[chips, addresses])
+        made = self.registers.words(PacketType.CONFIG_WRITE, chip_keys[chips, 2], addresses, values[chips, addresses])
         self._send(chip_keys[chips, 0], chip_keys[chips, 1].astype(np.uint8), made)
 
     def read_registers(
@@ -102,7 +102,7 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         The answers come as rows.
         """
         chip_keys = np.repeat(_key_parts(keys), len(registers), axis=0)
-        made = make_words(self._asic, PacketType.CONFIG_READ, chip_keys[:, 2], np.tile(registers, len(keys)))
+        made = self.registers.words(PacketType.CONFIG_READ, chip_keys[:, 2], np.tile(registers, len(keys)))
         self._send(chip_keys[:, 0], chip_keys[:, 1].astype(np.uint8), made)
 
     def _send(self, groups: NDArray[np.int64], channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:

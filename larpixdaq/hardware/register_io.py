@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
-from larpixdaq.hardware.register_map import ChipRegisters, words
+from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.protocol import hardware
-from larpixdaq.schema import ChipIndex, PacketType, chips_of, registers_of
+from larpixdaq.schema import Asic, ChipIndex, PacketType, chips_of, registers_of
 
 #: Words of a message to a board, and maximum unanswered words when the next message goes out.
 BATCH: Final = 2_048
@@ -42,6 +42,7 @@ class RegisterAnswers:
         self.conflicts = np.zeros(mask.shape, bool)  # a later answer had another value than the first
         self.asked_again = 0  # register reads that were repeated
         self.bad_parity = 0  # answers with wrong parity, which are ignored
+        self.without_magic = 0  # answers without the magic word of their generation, which are ignored
         self.strange = 0  # answers of other chips or registers
         self.errors: dict[int, str] = {}  # of boards that did not accept words, by io_group
 
@@ -92,7 +93,7 @@ class RegisterExchange:
 
     def __init__(self, link: ProducerPipe, registers: ChipRegisters, chip_keys: NDArray[np.uint8]) -> None:
         self._link = link
-        self._asic = registers.generation
+        self._registers = registers
         self._chip_keys = chip_keys
         self._places = ChipIndex()
         self._places.add(chip_keys)
@@ -189,7 +190,7 @@ class RegisterExchange:
         return queues
 
     def _send(self, io_group: int, queue: _Queue, chips: Any, addresses: Any, kind: PacketType, values: Any) -> None:
-        made = words(self._asic, kind, self._chip_keys[chips, 2], addresses, values)
+        made = self._registers.words(kind, self._chip_keys[chips, 2], addresses, values)
         queue.commands.append(self._link.send_words(io_group, self._chip_keys[chips, 1], made))
         queue.sent += len(chips)
 
@@ -209,6 +210,9 @@ class RegisterExchange:
         chips = self._places.find(chips_of(rows))
         addresses, values = registers_of(rows)
         answers.bad_parity += int((~good).sum())
+        magic = self._registers.have_magic(rows, Asic(self._link.setup.generation))
+        answers.without_magic += int((good & ~magic).sum())
+        good &= magic
         valid = good & (chips >= 0) & (addresses < answers.mask.shape[1])
         valid[valid] = answers.mask[chips[valid], addresses[valid]]
         answers.strange += int((good & ~valid).sum())

@@ -1,7 +1,8 @@
 """Registers of the chips: words to read and write them, and names for their contents.
 
-Names, addresses and widths come from larpix-control's Configuration classes. Values are arrays of dtype u1, shape
-(chips, registers). v3 chips have no such class, and therefore only register addresses.
+Names, addresses and widths come from Configuration classes: those of larpix-control, and of register_tables.py for v2d
+chips. Values are arrays of dtype u1, shape (chips, registers). v3 chips have no such class, and therefore only register
+addresses.
 """
 
 from __future__ import annotations
@@ -23,16 +24,27 @@ _LARPIX_CONTROL: Final[dict[str, tuple[Any, str]]] = {
     "2b": ("2b", "Configuration_v2b"),
     "lightpix-1": ("lightpix-v1.0", "Configuration_Lightpix_v1"),
 }
-#: Bits 57..26 of every configuration word of a v3 chip, which drops words without them.
+#: Values of --asic with registers in register_tables.py.
+_TABLES: Final = ("2d",)
+#: Values of --asic whose chips take configuration words only with the magic word, and repeat it in their answers.
+MAGIC_ASICS: Final = ("2d", "3")
+#: Bits 57..26 of these words.
 _MAGIC: Final = 0x89504E47
+_MAGIC_BITS: Final = np.uint64(_MAGIC << 26)
+_MAGIC_MASK: Final = np.uint64(0xFFFFFFFF << 26)
 
 
-def words(asic: Asic, kind: PacketType, chip_ids: Any, addresses: Any, values: Any = 0) -> NDArray[np.uint64]:
-    """Return words of type CONFIG_WRITE or CONFIG_READ with valid parity. The arguments are broadcast."""
+def words(
+    asic: Asic, kind: PacketType, chip_ids: Any, addresses: Any, values: Any = 0, *, magic: bool = False
+) -> NDArray[np.uint64]:
+    """Return words of type CONFIG_WRITE or CONFIG_READ with valid parity. The arguments are broadcast.
+
+    `magic`: with the magic word, which words for v3 chips always have. ChipRegisters.words() knows who needs it.
+    """
     chip_id, address, value = (np.asarray(part, np.uint64) for part in (chip_ids, addresses, values))
     made = np.uint64(kind) | chip_id << np.uint64(2) | address << np.uint64(10) | value << np.uint64(18)
-    if asic == Asic.V3:
-        made = made | np.uint64(_MAGIC << 26)
+    if magic or asic == Asic.V3:
+        made = made | _MAGIC_BITS
     return word_codec.parity(np.ascontiguousarray(made.ravel(), np.uint64), asic=asic)
 
 
@@ -44,13 +56,23 @@ class ChipRegisters:
         self.generation = ASICS[asic]
         #: Name of these chips in messages.
         self.chips = f"v{asic} chips" if asic[0].isdigit() else f"{asic} chips"
+        self._magic = asic in MAGIC_ASICS
         #: Version name of these chips in larpix-control, None if it does not know them.
-        self.version, class_name = _LARPIX_CONTROL.get(asic, (None, ""))
+        self.version: Any = None
+        #: Values of asic_version in board files of these chips.
+        self.file_versions = [asic]
+        #: Configuration class of these chips.
         self._class: Any = None
-        if class_name:
+        if asic in _LARPIX_CONTROL:
             from larpix import chip  # here, because it takes a second
 
+            self.version, class_name = _LARPIX_CONTROL[asic]
+            self.file_versions.append(str(self.version))
             self._class = getattr(chip, class_name)
+        elif asic in _TABLES:
+            from larpixdaq.hardware import register_tables
+
+            self.version, self._class = register_tables.LARPIX_CONTROL_VERSION, register_tables.CONFIGURATIONS[asic]
         self.count: int = 256 if self._class is None else self._class.num_registers
         self.names: list[str] = []
         #: Register name -> addresses.
@@ -65,6 +87,38 @@ class ChipRegisters:
         for name, addresses in self.addresses.items():
             for address in addresses:
                 self._names_at[address].append(name)
+
+    def controller(self) -> Any:
+        """Return a Controller of larpix-control without chips, whose add_chip() makes these chips."""
+        from larpix import Controller  # here, because it takes a second
+
+        if self.asic not in _TABLES:
+            return Controller()
+        from larpixdaq.hardware.register_tables import TableController
+
+        return TableController(self._class)
+
+    def fits(self, config: Any) -> bool:
+        """Return whether a Configuration object of larpix-control is one of these chips."""
+        return self._class is not None and isinstance(config, self._class)
+
+    def words(self, kind: PacketType, chip_ids: Any, addresses: Any, values: Any = 0) -> NDArray[np.uint64]:
+        """Return words of type CONFIG_WRITE or CONFIG_READ for these chips. The arguments are broadcast."""
+        return words(self.generation, kind, chip_ids, addresses, values, magic=self._magic)
+
+    def complete(self, made: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Return words of larpix-control's packets, shape (N,), as these chips take them: with the magic word."""
+        if not self._magic:
+            return made
+        config = made & np.uint64(2) != 0
+        completed = word_codec.parity(made & ~_MAGIC_MASK | _MAGIC_BITS, asic=self.generation)
+        return np.where(config, completed, made)
+
+    def have_magic(self, rows: NDArray[Any], asic: Asic) -> NDArray[np.bool_]:
+        """Return which rows with answers of chips have the magic word, or need none; `asic`: of the rows' decoder."""
+        if not self._magic:
+            return np.ones(len(rows), bool)
+        return np.asarray(word_codec.encode(np.ascontiguousarray(rows), asic=asic) & _MAGIC_MASK == _MAGIC_BITS)
 
     def _read_map(self, config: Any) -> None:
         self.names = list(config.register_names)

@@ -36,6 +36,7 @@ from larpixdaq.emulators import network as chip_network
 from larpixdaq.emulators import pacman
 from larpixdaq.emulators.chips import EmulatedChips
 from larpixdaq.emulators.network import VERSIONS, register_map
+from larpixdaq.hardware.register_tables import CONFIGURATIONS
 
 ID, UP, DOWN, IN = 122, 124, 125, 126
 
@@ -68,6 +69,8 @@ def test_registers_are_those_of_larpix_control(asic):
 
     known = register_map(asic)
     chip = Chip("1-1-1", version=VERSIONS[asic])
+    if asic in CONFIGURATIONS:
+        chip.config = CONFIGURATIONS[asic]()
     config = chip.config
     assert known.count == config.num_registers
     assert dict(enumerate(known.defaults[: known.count].tolist())) == written()
@@ -96,7 +99,13 @@ def test_default_tiles():
 
 @pytest.mark.parametrize(
     ("asic", "roots"),
-    [("2", [11, 41, 71, 101]), ("lightpix-1", [11, 41, 71, 101]), ("2b", [21, 41, 71, 91]), ("3", [11, 21, 31, 41])],
+    [
+        ("2", [11, 41, 71, 101]),
+        ("lightpix-1", [11, 41, 71, 101]),
+        ("2b", [21, 41, 71, 91]),
+        ("2d", [21, 41, 71, 91]),
+        ("3", [11, 21, 31, 41]),
+    ],
 )
 def test_default_tiles_have_the_root_chips_of_their_generation(asic, roots, tmp_path):
     words = ["--chips", "100", "--asic", asic, "--write-network", str(tmp_path / "net.json")]
@@ -196,7 +205,8 @@ def test_power_and_reset(pair):
 
 
 @pytest.mark.parametrize(
-    ("asic", "clock", "registers"), [("2", 10, 256), ("2b", 10, 256), ("lightpix-1", 10, 256), ("3", 15, 31)]
+    ("asic", "clock", "registers"),
+    [("2", 10, 256), ("2b", 10, 256), ("2d", 10, 256), ("lightpix-1", 10, 256), ("3", 15, 31)],
 )
 def test_the_length_of_a_reset_decides_its_effect(asic, clock, registers):
     """A short reset restarts the chips' time stamps and keeps the registers; tiles that it does not reach keep both."""
@@ -226,9 +236,10 @@ def test_io_channels_of_any_number_have_power(tmp_path):
     assert all(answer.bit_count() % 2 and answer < 1 << 54 for _, answer in answers)
 
 
-def test_words_that_chips_refuse():
+@pytest.mark.parametrize("asic", ["2d", "3"])
+def test_words_that_chips_refuse(asic):
     _, boards = chip_network.read_network("controller/v2_example.json")
-    v3, v2 = (EmulatedChips(boards[1], asic, powered=True) for asic in ("3", "2"))
+    v3, v2 = (EmulatedChips(boards[1], generation, powered=True) for generation in (asic, "2"))
     plain = word(WRITE, 1, 64, 5)
     magic = plain & (1 << 26) - 1 | 0x89504E47 << 26
     magic |= (magic.bit_count() & 1 ^ 1) << 63

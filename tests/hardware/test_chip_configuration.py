@@ -150,6 +150,55 @@ def test_a_routines_controller_reads_and_writes_and_its_values_stay(tmp_path, li
     assert operator.validate_configuration().result(SLOW)["ok"]
 
 
+NETWORK_OF_A_ROUTINE = """
+from larpixdaq.routines import Routine
+
+def _sync(controller, send_data, send_info):
+    key = list(controller.chips)[-1]
+    chip = controller[key]
+    chip.config.enable_external_sync = 1
+    controller.write_configuration(key, "enable_external_sync")
+    return controller, [str(key), type(chip.config).__name__, *controller.verify_configuration([key], timeout=0.5)]
+
+def _strange(controller, send_data, send_info):
+    from larpix import Chip
+    controller.chips[list(controller.chips)[0]].config = Chip("1-1-1", version="2b").config
+    return controller, None
+
+registration = {"sync": Routine("sync", _sync, []), "strange": Routine("strange", _strange, [])}
+"""
+
+
+def test_v2d_chips_get_the_magic_word_from_the_operator_and_from_routines(tmp_path, line):
+    """The emulated chips take no other configuration words."""
+    (tmp_path / "routines").mkdir()
+    (tmp_path / "routines/mine.py").write_text(NETWORK_OF_A_ROUTINE)
+    network = tmp_path / "network.json"
+    board = Emulator("--chips", "12", "--asic", "2d", "--power-on", "--write-network", str(network))
+    try:
+        ports = board.ready["1"]
+        pacman = ("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--asic", "2d")
+        operator = line.start(*pacman, "--routines", str(tmp_path / "routines"))
+        other = tmp_path / "other.json"
+        other.write_text(network.read_text().replace('"2d"', '"2b"'))
+        with pytest.raises(RequestError, match="asic_version is 2b, this producer has --asic 2d"):
+            operator.load_board(str(other)).result(LIMIT)
+        bring_up(operator, str(network))
+        operator.send_configuration({"all": {"enable_external_trigger": 1}}).result(LIMIT)
+        result = operator.validate_configuration().result(SLOW)
+        assert (result["ok"], result["registers"], result["without_magic"]) == (True, 12 * 256, 0), result
+        key, config, ok, different = operator.run_routine("sync").result(SLOW)
+        assert (config, ok, different) == ("Configuration_v2d", True, {})
+        names = ["enable_external_trigger", "enable_external_sync"]
+        wanted = operator.retrieve_configuration(key, names).result(LIMIT)[key]["wanted"]
+        assert (wanted["enable_external_trigger"], wanted["enable_external_sync"]) == (1, 1)
+        with pytest.raises(RequestError, match=r"expected a configuration of v2d chips .* found Configuration_v2b"):
+            operator.run_routine("strange").result(SLOW)
+        assert operator.validate_configuration().result(SLOW)["ok"]
+    finally:
+        board.close()
+
+
 def test_boards_report_their_status(setup):
     _, operator = setup
     with pytest.raises(RequestError, match=r"no chips are known yet: load_board\(file\) loads them"):

@@ -7,13 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from larpix import Packet_v1, Packet_v2
 
+from larpixdaq._native import word_codec
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware.register_io import interleave
 from larpixdaq.hardware.register_map import ChipRegisters, words
-from larpixdaq.schema import Asic, PacketType
+from larpixdaq.schema import PACKETS_2_4, Asic, PacketType
 
 byte = st.integers(0, 255)
-known = {asic: ChipRegisters(asic) for asic in ("1", "2", "2b", "lightpix-1", "3")}
+known = {asic: ChipRegisters(asic) for asic in ("1", "2", "2b", "2d", "lightpix-1", "3")}
 
 
 @pytest.mark.parametrize(("asic", "packet"), [(Asic.V1, Packet_v1), (Asic.V2, Packet_v2)])
@@ -31,6 +32,77 @@ def test_v3_words_have_the_magic_and_the_parity_of_others():
     assert words(Asic.V3, PacketType.CONFIG_WRITE, [11], [125], [1]).tolist() == [0x822541391C05F42E]
 
 
+@given(st.sampled_from([PacketType.CONFIG_WRITE, PacketType.CONFIG_READ]), byte, byte, byte)
+def test_v2d_words_are_v2_words_with_the_magic_of_v3_words(kind, chip, address, value):
+    """Also those that larpix-control makes; its data and test words stay as they are."""
+    made = known["2d"].words(kind, [chip], [address], [value])
+    assert made.tolist() == words(Asic.V3, kind, [chip], [address], [value]).tolist()
+    plain = words(Asic.V2, kind, [chip], [address], [value])
+    assert known["2d"].complete(plain).tolist() == made.tolist()
+    assert known["2b"].complete(plain).tolist() == plain.tolist()
+    others = np.array([int(plain[0]) & ~3, int(plain[0]) & ~3 | 1], np.uint64)
+    assert known["2d"].complete(others).tolist() == others.tolist()
+
+
+@pytest.mark.parametrize("asic", [Asic.V2, Asic.V2_DIAGNOSTICS])
+def test_answers_with_another_magic_word_are_recognised(asic):
+    made = words(Asic.V2, PacketType.CONFIG_READ, [2, 3, 4], 64, 7, magic=True)
+    made[1] ^= np.uint64(0b11 << 40)  # two flipped bits leave the parity as it is
+    made[2] = words(Asic.V2, PacketType.CONFIG_READ, 4, 64, 7)[0]
+    rows = np.zeros(3, PACKETS_2_4)
+    assert word_codec.decode(made, rows, asic=asic) == 3
+    assert rows["valid_parity"].all()
+    assert known["2d"].have_magic(rows, asic).tolist() == [True, False, False]
+    assert known["2b"].have_magic(rows, asic).all()
+
+
+def test_v2d_has_the_registers_of_v2b_but_for_one():
+    new, old = known["2d"], known["2b"]
+    power_up = {
+        asic: known[asic].values_by_name(known[asic].defaults[None, :], known[asic].names) for asic in ("2b", "2d")
+    }
+    same = set(new.names) & set(old.names)
+    assert set(old.names) - same == {"tx_dynamic_powerdown_cycles"}
+    assert set(new.names) - same == {"enable_external_trigger", "enable_external_sync"}
+    assert {name: (new._bits[name], power_up["2d"][name]) for name in same} == {
+        name: (old._bits[name], power_up["2b"][name]) for name in same
+    }
+    values = new.defaults[None, :].copy()
+    new.change(values, {"enable_external_trigger": 1, "clk_ctrl": 2})
+    assert values[0, 123] == 1 << 5 | 2 << 3
+    assert new.name(123) == (
+        "enable_tx_dynamic_powerdown/load_config_defaults/enable_fifo_diagnostics/clk_ctrl/"
+        "enable_external_trigger/enable_external_sync"
+    )
+
+
+#: Registers whose 8 bits all have a meaning.
+whole = [64, *range(66, 74), 82, 83, 108, *range(120, 123), *range(131, 170), *range(171, 237)]
+
+
+@given(st.dictionaries(st.sampled_from(whole), byte, max_size=8), st.sampled_from(["little", "big"]))
+def test_a_table_configuration_does_what_those_of_larpix_control_do(registers, endian):
+    """Bits and values of 2b and 2d are the same, but those of register 123, after any registers were set."""
+    configs = [known["2b"]._class(), known["2d"]._class()]
+    for config in configs:
+        config.from_dict_registers(registers, endian=endian)
+    theirs, own = (dict(zip(*config.some_data(range(256)), strict=True)) for config in configs)
+    assert {address: bits for address, bits in theirs.items() if address != 123} == {
+        address: bits for address, bits in own.items() if address != 123
+    }
+    assert {name: value for name, value in configs[1].to_dict().items() if name in configs[0].register_names} == {
+        name: value for name, value in configs[0].to_dict().items() if name in configs[1].register_names
+    }
+    config = configs[1]
+    config.channel_mask[5] = 0
+    assert config.some_data(["channel_mask"])[1][0][5] == 0
+    with pytest.raises(ValueError, match="bounds"):
+        config.channel_mask[5] = 2
+    with pytest.raises(AttributeError):
+        config.threshold = 1
+    assert len(config.all_data()) == 256
+
+
 @given(st.lists(byte, max_size=50))
 def test_io_channels_take_turns_and_keep_their_order(channels):
     order = interleave(np.array(channels, np.uint8)).tolist()
@@ -42,7 +114,7 @@ def test_io_channels_take_turns_and_keep_their_order(channels):
     assert rounds == sorted(rounds)
 
 
-@pytest.mark.parametrize("asic", ["1", "2", "2b", "lightpix-1"])
+@pytest.mark.parametrize("asic", ["1", "2", "2b", "2d", "lightpix-1"])
 def test_power_up_values_by_name_are_those_of_larpix_control(asic):
     registers = known[asic]
     config = registers._class()
@@ -52,7 +124,7 @@ def test_power_up_values_by_name_are_those_of_larpix_control(asic):
     }
 
 
-@pytest.mark.parametrize("asic", ["1", "2", "2b", "lightpix-1"])
+@pytest.mark.parametrize("asic", ["1", "2", "2b", "2d", "lightpix-1"])
 @settings(max_examples=examples(50))
 @given(data=st.data())
 def test_a_register_set_for_many_chips_is_set_as_larpix_control_does(asic, data):

@@ -40,6 +40,10 @@ const QUERIES = new Set([
   "ping",
   "retrieve_configuration",
   "retrieve_pixel_layout",
+  "compare_snapshot",
+  "disabled_channels",
+  "retrieve_snapshot",
+  "snapshots",
   "records",
 ]);
 
@@ -735,6 +739,7 @@ export class ConfigurationTab {
       asked_again: "read more than once",
       bad_parity: "with bad parity, ignored",
       strange_answers: "without a question, ignored",
+      without_magic: "without the magic word, ignored",
     }))
       if (found[name]) facts.push([words, count(found[name]), "warning"]);
     this.compareFacts.fill(facts);

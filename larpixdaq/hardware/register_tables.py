@@ -1,0 +1,263 @@
+"""Registers of chips that larpix-control 3.7 does not know, as Configuration classes and a Controller for it.
+
+larpix-control sets up these chips as its 2b chips, whose network registers have the same names and addresses. Import
+this module late, because larpix-control takes a second.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Final, NamedTuple
+
+from larpix import Controller
+from larpix.bitarrayhelper import fromuint
+from larpix.configuration import BaseConfiguration_v2, _Smart_List
+
+#: Generation as larpix-control is told.
+LARPIX_CONTROL_VERSION: Final = "2b"
+
+#: Registers at the same place in v2d and v3 chips: name, address[.bit], bits of a number, [xNUMBERS of a list], value
+#: at power-up. Numbers of several bits in a list have a register each.
+_COMMON: Final = """
+pixel_trim_dac                   0     5 x64 16
+threshold_global                 64    8     255
+csa_gain                         65    1     0
+csa_bypass_enable                65.1  1     0
+bypass_caps_en                   65.2  1     1
+ibias_tdac                       74    4     8
+ibias_comp                       75    4     8
+ibias_buffer                     76    4     8
+ibias_csa                        77    4     8
+ibias_vref_buffer                78    4     8
+ibias_vcm_buffer                 79    4     8
+ibias_tpulse                     80    4     5
+ref_current_trim                 81    5     16
+csa_bypass_select                84    1 x64 0
+csa_monitor_select               92    1 x64 0
+csa_testpulse_enable             100   1 x64 1
+csa_testpulse_dac                108   8     0
+chip_id                          122   8     1
+load_config_defaults             123.1 1     0
+enable_fifo_diagnostics          123.2 1     0
+enable_external_trigger          123.5 1     0
+enable_external_sync             123.6 1     0
+enable_piso_upstream             124   1 x4  0
+enable_piso_downstream           125   1 x4  0
+enable_posi                      126   1 x4  1
+enable_cross_trigger             128   1     0
+enable_periodic_reset            128.1 1     0
+enable_rolling_periodic_reset    128.2 1     0
+enable_periodic_trigger          128.3 1     0
+enable_rolling_periodic_trigger  128.4 1     0
+enable_periodic_trigger_veto     128.5 1     1
+enable_hit_veto                  128.6 1     1
+shadow_reset_length              129   8     0
+adc_burst_length                 130   8     0
+channel_mask                     131   1 x64 1
+external_trigger_mask            139   1 x64 1
+cross_trigger_mask               147   1 x64 1
+periodic_trigger_mask            155   1 x64 1
+periodic_reset_cycles            163   24    4096
+periodic_trigger_cycles          166   32    0
+enable_dynamic_reset             170   1     0
+enable_min_delta_adc             170.1 1     0
+threshold_polarity               170.2 1     1
+reset_length                     170.3 3     1
+mark_first_packet                170.6 1     1
+min_delta_adc                    172   8     0
+digital_threshold                173   8 x64 0
+tx_slices0                       239   4     8
+tx_slices1                       239.4 4     8
+tx_slices2                       240   4     8
+tx_slices3                       240.4 4     8
+v_cm_lvds_tx0                    254   3     5
+v_cm_lvds_tx1                    254.4 3     5
+v_cm_lvds_tx2                    255   3     5
+v_cm_lvds_tx3                    255.4 3     5
+"""
+
+#: v2d: registers of larpix-control's 2b but for register 123, where upstream's newer larpix-control has two bits for
+#: external signals in place of tx_dynamic_powerdown_cycles. Their values at power-up are taken to be those of v2b.
+_V2D: Final = """
+csa_enable                       66    1 x64 1
+override_ref                     81.5  1     0
+ref_kickstart                    81.6  1     0
+vref_dac                         82    8     219
+vcm_dac                          83    8     77
+current_monitor_bank0            109   1 x4  0
+current_monitor_bank1            110   1 x4  0
+current_monitor_bank2            111   1 x4  0
+current_monitor_bank3            112   1 x4  0
+voltage_monitor_bank0            113   1 x3  0
+voltage_monitor_bank1            114   1 x3  0
+voltage_monitor_bank2            115   1 x3  0
+voltage_monitor_bank3            116   1 x3  0
+voltage_monitor_refgen           117   1 x8  0
+digital_monitor_enable           118   1     0
+digital_monitor_select           118.1 4     0
+digital_monitor_chan             119   6     0
+adc_hold_delay                   120   16    0
+enable_tx_dynamic_powerdown      123   1     0
+clk_ctrl                         123.3 2     0
+test_mode_uart0                  127   2     0
+test_mode_uart1                  127.2 2     0
+test_mode_uart2                  127.4 2     0
+test_mode_uart3                  127.6 2     0
+reset_threshold                  171   8     0
+RESERVED                         237   16    0
+i_tx_diff0                       241   4     12
+i_tx_diff1                       241.4 4     12
+i_tx_diff2                       242   4     12
+i_tx_diff3                       242.4 4     12
+i_rx0                            243   4     8
+i_rx1                            243.4 4     8
+i_rx2                            244   4     8
+i_rx3                            244.4 4     8
+i_rx_clk                         245   4     8
+i_rx_rst                         245.4 4     8
+i_rx_ext_trig                    246   4     8
+r_term0                          247   5     2
+r_term1                          248   5     2
+r_term2                          249   5     2
+r_term3                          250   5     2
+r_term_clk                       251   5     0
+r_term_reset                     252   5     0
+r_term_ext_trig                  253   5     0
+"""
+
+
+class _Register(NamedTuple):
+    """Place of a register: its first bit, counted from bit 0 of address 0. `entries`: length of a list, 0 for a number.
+
+    `width`: bits of a number, `stride`: bits from one entry to the next.
+    """
+
+    first: int
+    width: int
+    stride: int
+    entries: int
+    default: int
+
+    @property
+    def end(self) -> int:
+        return self.first + self.stride * max(1, self.entries)
+
+    @property
+    def addresses(self) -> range:
+        return range(self.first // 8, (self.end + 7) // 8)
+
+
+def _parse(table: str) -> dict[str, _Register]:
+    registers = {}
+    for line in table.split("\n"):
+        if line:
+            name, place, width, *entries, default = line.split()
+            address, _, bit = place.partition(".")
+            n = int(entries[0][1:]) if entries else 0
+            stride = 8 if n and width != "1" else int(width)
+            registers[name] = _Register(8 * int(address) + int(bit or 0), int(width), stride, n, int(default))
+    return dict(sorted(registers.items(), key=lambda item: item[1].first))
+
+
+def _property(name: str, register: _Register) -> property:
+    maximum = (1 << register.width) - 1
+
+    def check(value: Any) -> None:
+        if not isinstance(value, int):
+            raise TypeError(f"value must be of type {int}")
+        if not 0 <= value <= maximum:
+            raise ValueError(f"value must be between 0 and {maximum}")
+
+    def put(config: Any, value: Any) -> None:
+        if register.entries:
+            if not isinstance(value, list | tuple):
+                raise TypeError("argument must be a list or tuple")
+            if len(value) != register.entries:
+                raise ValueError(f"length of list must be {register.entries}")
+            for entry in value:
+                check(entry)
+            value = _Smart_List(list(value), 0, maximum)
+        else:
+            check(value)
+        setattr(config, f"_{name}", value)
+
+    return property(lambda config: getattr(config, f"_{name}"), put)
+
+
+class TableConfiguration(BaseConfiguration_v2):  # type: ignore[misc]
+    """Configuration of larpix-control with the registers of `table`."""
+
+    table: ClassVar[dict[str, _Register]]
+    #: Options of larpix-control's init_network.
+    link_options: ClassVar[dict[str, int]] = {}
+    num_registers = 256
+    num_bits = 2048
+
+    def __init_subclass__(cls) -> None:
+        cls.register_names = list(cls.table)
+        cls.bit_map = {name: (register.first, register.end) for name, register in cls.table.items()}
+        cls.register_map = {name: register.addresses for name, register in cls.table.items()}
+        cls.register_map_inv = {address: [] for address in range(cls.num_registers)}
+        for name, register in cls.table.items():
+            setattr(cls, name, _property(name, register))
+            for address in register.addresses:
+                cls.register_map_inv[address].append(name)
+
+    def __init__(self) -> None:
+        for name, register in self.table.items():
+            setattr(self, name, [register.default] * register.entries if register.entries else register.default)
+
+    def _data(self) -> int:
+        """Return all registers as one number, address 0 in its lowest 8 bits."""
+        data = 0
+        for name, register in self.table.items():
+            value = getattr(self, name)
+            for place, entry in enumerate(value if register.entries else [value]):
+                data |= int(entry) << register.first + register.stride * place
+        return data
+
+    def all_data(self, endian: str = "little") -> list[Any]:
+        return list(self.some_data(range(self.num_registers), endian)[1])
+
+    def some_data(self, registers: Any, endian: str = "little") -> tuple[list[int], list[Any]]:
+        data = self._data()
+        addresses = [
+            address
+            for register in registers
+            for address in (self.register_map[register] if isinstance(register, str) else [register])
+        ]
+        return addresses, [fromuint(data >> 8 * address & 0xFF, 8, endian=endian) for address in addresses]
+
+    def from_dict_registers(self, d: dict[int, int], endian: str = "little") -> None:
+        data = self._data()
+        for address, value in d.items():
+            byte = int(fromuint(value, 8, endian=endian).to01()[::-1], 2)
+            data = data & ~(0xFF << 8 * address) | byte << 8 * address
+        for name in dict.fromkeys(name for address in d for name in self.register_map_inv[address]):
+            register = self.table[name]
+            entries = [
+                data >> register.first + register.stride * place & (1 << register.width) - 1
+                for place in range(max(1, register.entries))
+            ]
+            setattr(self, name, entries if register.entries else entries[0])
+
+
+class Configuration_v2d(TableConfiguration):
+    asic_version = "2d"
+    table = _parse(_COMMON + _V2D)
+
+
+#: By value of --asic.
+CONFIGURATIONS: Final = {"2d": Configuration_v2d}
+
+
+class TableController(Controller):  # type: ignore[misc]
+    """Controller of larpix-control whose chips have a TableConfiguration."""
+
+    def __init__(self, configuration: type[TableConfiguration]) -> None:
+        super().__init__()
+        self._configuration = configuration
+
+    def add_chip(self, chip_key: Any, version: Any = None, config: Any = None, root: bool = False) -> Any:
+        """Add a chip as in larpix-control; `version` is ignored."""
+        config = self._configuration() if config is None else config
+        return super().add_chip(chip_key, LARPIX_CONTROL_VERSION, config, root)
