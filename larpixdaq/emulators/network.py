@@ -274,13 +274,13 @@ class RegisterMap:
 
 @cache
 def register_map(asic: str) -> RegisterMap:
-    """Return the registers of a chip generation, a key of `schema.ASICS`. v3 has v2b's."""
+    """Return the registers of a chip generation, a key of `schema.ASICS`."""
     from larpix import Chip  # late, because the import takes a second
 
     chip: Any = Chip("1-1-1", version=VERSIONS[asic])
-    if asic == "2d":
-        from larpixdaq.hardware.register_tables import CONFIGURATIONS
+    from larpixdaq.hardware.register_tables import CONFIGURATIONS
 
+    if asic in CONFIGURATIONS:
         chip.config = CONFIGURATIONS[asic]()
     config = chip.config
     defaults = np.zeros(256, np.uint8)

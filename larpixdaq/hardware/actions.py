@@ -377,8 +377,6 @@ class ChipActions:
     def load_board(self, file: Any) -> dict[str, Any]:
         if not isinstance(file, str) or not file:
             raise RequestError(f"load_board: expected the name of a board file, found {file!r:.100}")
-        if self._chips.registers.version is None:
-            raise RequestError(f"load_board: larpix-control knows no {self._chips.registers.chips}")
         self._chips.load_board(file)
         return self._board()
 
@@ -443,18 +441,17 @@ class ChipActions:
     def _select_wanted(self, chip: Any, registers: Any) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
         """Return the indices of chips, and which of their selected registers, (chips, registers), have a wanted value.
 
-        RequestError if there are none, or if a register that was named has no wanted value.
+        RequestError if a register that was named has no wanted value.
         """
         chips = self._chips
         indices = chips.find(chip)
         requested = self._mask(len(indices), chips.registers.select(registers))
         mask = requested & chips.given[indices]
         missing = np.argwhere(requested & ~mask)
-        if len(missing) and (registers is not None or not mask.any()):
+        if len(missing) and registers is not None:
             index, address = missing[0].tolist()
-            what = "any register" if registers is None else chips.registers.name(address)
-            unknown = f"the power-up values of {chips.registers.chips} are unknown"
-            raise RequestError(f"chip {chips.key(indices[index])}: {what} was never set, and {unknown}")
+            what = f"chip {chips.key(indices[index])}: {chips.registers.name(address)}"
+            raise RequestError(f"{what}: chips count in this register, so it has no wanted value")
         some = mask.any(axis=1)
         return indices[some], mask[some]
 

@@ -56,7 +56,7 @@ class ChipState:
         self.board_name = ""
         self.chip_keys: NDArray[np.uint8] = np.zeros((0, 3), np.uint8)
         self.wanted: NDArray[np.uint8] = np.zeros((0, registers.count), np.uint8)
-        #: Where `wanted` is known: at power-up or because it was set. Other registers are never written.
+        #: Where `wanted` is wanted: not in registers in which chips count, unless they were set.
         self.given: NDArray[np.bool_] = np.zeros((0, registers.count), bool)
         self.confirmed: NDArray[np.uint8] = self.wanted.copy()
         #: Where `confirmed` is a value that was read.
@@ -106,7 +106,7 @@ class ChipState:
         if "chip_id" in self.registers.addresses:
             defaults[:, self.registers.addresses["chip_id"][0]] = [key[2] for key in keys]
         self.wanted = np.concatenate([self.wanted, defaults])
-        self.given = np.concatenate([self.given, np.full(defaults.shape, self.registers.version is not None)])
+        self.given = np.concatenate([self.given, np.tile(~self.registers.counted, (n, 1))])
         self.confirmed = np.concatenate([self.confirmed, np.zeros_like(defaults)])
         self.known = np.concatenate([self.known, np.zeros(defaults.shape, bool)])
 
@@ -177,8 +177,6 @@ class ChipState:
             from larpixdaq.hardware.controller_io import StreamIO
 
             controller.io = StreamIO(self.link, self.registers, self.invalidate, self.layout)
-        if self.registers.version is None:
-            return controller
         for key in self._index:
             if key_of(key) not in controller.chips:
                 controller.add_chip(key_of(key), version=self.registers.version)
@@ -203,7 +201,7 @@ class ChipState:
         RequestError if it has chips of another generation; then nothing is taken.
         """
         strangers = [chip for chip in controller.chips.values() if not self.registers.fits(chip.config)]
-        if strangers and self.registers.version is not None:
+        if strangers:
             raise RequestError(
                 f"chip {key_of(_key(strangers[0]))}: expected a configuration of {self.registers.chips} in the "
                 f"Controller, found {type(strangers[0].config).__name__}"
@@ -211,7 +209,7 @@ class ChipState:
         keys = [_key(chip) for chip in controller.chips.values()]
         self._add([key for key in keys if key[0] in self.io_groups])
         indices, configs = self._configurations(controller)
-        if indices and self.registers.version is not None:  # otherwise the values belong to another generation
+        if indices:
             self.wanted[indices] = self.registers.values_of_all(configs)
         self._controller = controller
 

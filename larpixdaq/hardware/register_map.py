@@ -1,8 +1,7 @@
 """Registers of the chips: words to read and write them, and names for their contents.
 
 Names, addresses and widths come from Configuration classes: those of larpix-control, and of register_tables.py for v2d
-chips. Values are arrays of dtype u1, shape (chips, registers). v3 chips have no such class, and therefore only register
-addresses.
+and v3 chips. Values are arrays of dtype u1, shape (chips, registers).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _LARPIX_CONTROL: Final[dict[str, tuple[Any, str]]] = {
     "lightpix-1": ("lightpix-v1.0", "Configuration_Lightpix_v1"),
 }
 #: Values of --asic with registers in register_tables.py.
-_TABLES: Final = ("2d",)
+_TABLES: Final = ("2d", "3")
 #: Values of --asic whose chips take configuration words only with the magic word, and repeat it in their answers.
 MAGIC_ASICS: Final = ("2d", "3")
 #: Bits 57..26 of these words.
@@ -57,32 +56,37 @@ class ChipRegisters:
         #: Name of these chips in messages.
         self.chips = f"v{asic} chips" if asic[0].isdigit() else f"{asic} chips"
         self._magic = asic in MAGIC_ASICS
-        #: Version name of these chips in larpix-control, None if it does not know them.
-        self.version: Any = None
+        #: Version name of these chips in larpix-control.
+        self.version: Any
         #: Values of asic_version in board files of these chips.
         self.file_versions = [asic]
         #: Configuration class of these chips.
-        self._class: Any = None
+        self._class: Any
+        counted: tuple[str, ...] = ()
         if asic in _LARPIX_CONTROL:
             from larpix import chip  # here, because it takes a second
 
             self.version, class_name = _LARPIX_CONTROL[asic]
             self.file_versions.append(str(self.version))
             self._class = getattr(chip, class_name)
-        elif asic in _TABLES:
+        else:
             from larpixdaq.hardware import register_tables
 
             self.version, self._class = register_tables.LARPIX_CONTROL_VERSION, register_tables.CONFIGURATIONS[asic]
-        self.count: int = 256 if self._class is None else self._class.num_registers
+            counted = self._class.counted
+        self._scratch: Any = None
+        self.count: int = self._class.num_registers
         self.names: list[str] = []
         #: Register name -> addresses.
         self.addresses: dict[str, list[int]] = {}
-        #: Values at power-up. Not valid for chips without a `version`, whose values at power-up are not known.
+        #: Values at power-up.
         self.defaults: NDArray[np.uint8] = np.zeros(self.count, np.uint8)
         self._entries: dict[str, int] = {}  # entries of registers that are lists
         self._bits: dict[str, tuple[int, int]] = {}  # first bit, bits of an entry; not for v1
-        if self._class is not None:
-            self._read_map(self._class())
+        self._read_map(self._class())
+        #: Registers in which the chips count themselves, so that they have no wanted value, shape (count,).
+        self.counted = np.zeros(self.count, bool)
+        self.counted[[address for name in counted for address in self.addresses[name]]] = True
         self._names_at: list[list[str]] = [[] for _ in range(self.count)]
         for name, addresses in self.addresses.items():
             for address in addresses:
@@ -100,7 +104,7 @@ class ChipRegisters:
 
     def fits(self, config: Any) -> bool:
         """Return whether a Configuration object of larpix-control is one of these chips."""
-        return self._class is not None and isinstance(config, self._class)
+        return isinstance(config, self._class)
 
     def words(self, kind: PacketType, chip_ids: Any, addresses: Any, values: Any = 0) -> NDArray[np.uint64]:
         """Return words of type CONFIG_WRITE or CONFIG_READ for these chips. The arguments are broadcast."""
@@ -204,8 +208,6 @@ class ChipRegisters:
         return np.array(list(dict.fromkeys(result)), np.intp)
 
     def _unknown(self, selection: Any) -> str:
-        if not self.names:
-            return f"register {selection!r:.100}: registers of {self.chips} have only addresses, 0 to {self.count - 1}"
         if isinstance(selection, str):
             import difflib
 
@@ -220,7 +222,7 @@ class ChipRegisters:
         Returns the addresses that were set. RequestError names `where` (the chip), the register and its valid values.
         """
         changed: list[int] = []
-        scratch = self._class() if self._class is not None else None
+        scratch = self._scratch = self._scratch or self._class()
         for name, value in updates.items():
             try:
                 addresses = self.select([name])

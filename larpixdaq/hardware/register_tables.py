@@ -124,6 +124,63 @@ r_term_reset                     252   5     0
 r_term_ext_trig                  253   5     0
 """
 
+#: v3: names, places and values at power-up in the design of v3b (github.com/crgrace/larpix_v3b a98b145, its
+#: config_regfile_assign.sv and digital_core.sv). Where upstream's newer larpix-control has another name for a register
+#: of the design, its name is taken. Four things are not settled, because no real chip was at hand: the design has
+#: adc_hold_delay at 120, where it also counts dropped packets, and larpix-control at 121; i_rx is the upper half of
+#: each nibble in the design, and the lower half in some of larpix-control; the design gives v_cm_lvds_tx a fourth bit;
+#: and the values of v3a at power-up may differ.
+_V3: Final = """
+csa_enable                       66    1 x64 0
+adc_comp_trim                    81.5  2     2
+vref_dac                         82    8     222
+adc_ibias_delay                  83    4     8
+adc_ibias_delay_monitor          83.4  1 x4  0
+current_monitor_bank0            109   1 x4  0
+current_monitor_bank1            109.4 1 x4  0
+current_monitor_bank2            110   1 x4  0
+current_monitor_bank3            110.4 1 x4  0
+voltage_monitor_bank0            111   1 x3  0
+voltage_monitor_bank1            111.3 1 x3  0
+voltage_monitor_bank2            112   1 x3  0
+voltage_monitor_bank3            112.3 1 x3  0
+voltage_monitor_refgen           113   1 x8  0
+digital_monitor_enable           114   1     0
+digital_monitor_select           114.1 4     0
+digital_monitor_chan             115   6     0
+fifo_high_water_lsbs             116   8     0
+fifo_high_water_msbs             117   8     0
+total_packets_lsbs               118   8     0
+total_packets_msbs               119   8     0
+dropped_packets                  120   8     0
+adc_hold_delay                   121   8     0
+cds_mode                         123   1     0
+enable_local_fifo_diagnostics    123.3 1     0
+enable_tally                     123.4 1     1
+enable_data_stats                123.7 1     1
+en_analog_monitor                127   1     0
+reset_threshold_msbs             127.1 2     0
+reset_threshold_lsbs             171   8     255
+lightpix_mode                    237   1     0
+hit_threshold                    237.1 7     16
+timeout                          238   8     30
+i_tx_diff0                       241   4     8
+i_tx_diff1                       241.4 4     8
+i_tx_diff2                       242   4     8
+i_tx_diff3                       242.4 4     8
+i_rx0                            243.2 2     0
+i_rx1                            243.6 2     0
+i_rx2                            244.2 2     0
+i_rx3                            244.6 2     0
+i_rx_clk                         245.2 2     0
+i_rx_rst                         245.6 2     0
+i_rx_ext_trig                    246.6 2     0
+r_term0                          247   3     4
+r_term1                          248   3     2
+r_term2                          249   3     2
+r_term3                          250   3     2
+"""
+
 
 class _Register(NamedTuple):
     """Place of a register: its first bit, counted from bit 0 of address 0. `entries`: length of a list, 0 for a number.
@@ -187,8 +244,11 @@ class TableConfiguration(BaseConfiguration_v2):  # type: ignore[misc]
     """Configuration of larpix-control with the registers of `table`."""
 
     table: ClassVar[dict[str, _Register]]
-    #: Options of larpix-control's init_network.
+    #: Registers in which chips count themselves, so that they have no wanted value.
+    counted: ClassVar[tuple[str, ...]] = ()
+    #: Options of larpix-control's init_network, and the termination of receivers in use, None: as at power-up.
     link_options: ClassVar[dict[str, int]] = {}
+    termination: ClassVar[int | None] = None
     num_registers = 256
     num_bits = 2048
 
@@ -246,8 +306,19 @@ class Configuration_v2d(TableConfiguration):
     table = _parse(_COMMON + _V2D)
 
 
+class Configuration_v3(TableConfiguration):
+    asic_version = 3
+    table = _parse(_COMMON + _V3)
+    counted = (
+        "fifo_high_water_lsbs", "fifo_high_water_msbs", "total_packets_lsbs", "total_packets_msbs", "dropped_packets",
+    )  # fmt: skip
+    # As github.com/larpix/larpix-5x5-test 0ea52d2 sets up lines. It also sets i_rx, whose place is not settled.
+    link_options: ClassVar = {"i_tx_diff": 7, "tx_slices": 15}
+    termination = 7
+
+
 #: By value of --asic.
-CONFIGURATIONS: Final = {"2d": Configuration_v2d}
+CONFIGURATIONS: Final[dict[str, type[TableConfiguration]]] = {"2d": Configuration_v2d, "3": Configuration_v3}
 
 
 class TableController(Controller):  # type: ignore[misc]
@@ -261,3 +332,16 @@ class TableController(Controller):  # type: ignore[misc]
         """Add a chip as in larpix-control; `version` is ignored."""
         config = self._configuration() if config is None else config
         return super().add_chip(chip_key, LARPIX_CONTROL_VERSION, config, root)
+
+    def init_network(self, io_group: int = 1, io_channel: int = 1, chip_id: Any = None, **options: Any) -> None:
+        """Configure a chip, or all of a network, as in larpix-control, with the lines of this generation."""
+        super().init_network(io_group, io_channel, chip_id, **(self._configuration.link_options | options))
+        termination = self._configuration.termination
+        if termination is None or not isinstance(chip_id, int):
+            return
+        chip = self[io_group, io_channel, chip_id]
+        names = [f"r_term{uart}" for uart, receives in enumerate(chip.config.enable_posi) if receives]
+        for name in names:
+            setattr(chip.config, name, termination)
+        addresses = [address for name in names for address in chip.config.register_map[name]]
+        self.send(chip.get_configuration_write_packets(addresses))

@@ -258,6 +258,7 @@ def test_words_of_a_board(asic, pps):
     chips.registers[:, chips.map.address("chip_id")] = [11, 12, 13, 14]
     chips.registers[:2, chips.map.address("enable_piso_downstream")] = 15
     chips.registers[:, field["channel_mask"].low // 8 : field["channel_mask"].high // 8] = 0
+    chips.registers[:, field["csa_enable"].low // 8 : field["csa_enable"].high // 8] = 255  # v3: off at power-up
     chips.registers[:, chips.map.address("threshold_global")] = 60
     chips.registers[:, chips.map.address("external_trigger_mask")] = 0
     registers.write(0x1018, 10_000_000)  # a heartbeat each 0.1 s

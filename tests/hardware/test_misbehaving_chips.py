@@ -281,36 +281,33 @@ def test_v1_chips_have_the_register_names_of_larpix_control(line):
         board.close()
 
 
-def test_v3_chips_have_register_addresses_only(line):
-    board = Emulator("--chips", "4", "--asic", "3", "--power-on")
+def test_v3_chips_are_brought_up_and_configured_by_name(tmp_path, line):
+    """The emulated chips count nothing, so registers in which chips count stay 0; they are never compared."""
+    network = tmp_path / "network.json"
+    board = Emulator("--chips", "12", "--asic", "3", "--power-on", "--write-network", str(network))
     try:
         ports = board.ready["1"]
         operator = line.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--asic", "3")
-        # A chip with the power-up id, which sends on all of its lines.
-        speak = ChipRegisters("2b").addresses["enable_piso_downstream"][0]
-        operator.send_configuration({"1-1-1": {speak: 15, 64: 77}}).result(LIMIT)
-        read = operator.read_configuration("1-1-1", [64]).result(LIMIT)["chips"]
-        assert read == {"1-1-1": {"register 64": 77}}
-        with pytest.raises(RequestError, match="load_board: larpix-control knows no v3 chips"):
-            operator.load_board("x.json").result(LIMIT)
-
-        # "All registers" are those two, because other registers were never set.
-        before = operator.read_configuration("1-1-1").result(SLOW)["chips"]
-        assert operator.write_configuration().result(LIMIT) == {"chips": 1, "registers": 2}
-        enforced = operator.enforce_configuration().result(SLOW)
-        assert (enforced["ok"], enforced["registers"], enforced["written"]) == (True, 2, 0), enforced
-        for chip, registers, what in (("1-1-2", None, "any register"), ("1-1-1", [64, 122], "register 122")):
-            for action in ("write_configuration", "validate_configuration", "enforce_configuration"):
-                with pytest.raises(RequestError, match=f"{action}: chip {chip}: {what} was never set, and"):
-                    getattr(operator, action)(chip, registers).result(SLOW)
+        assert operator.load_board(str(network)).result(LIMIT)["chips"] == 12
+        assert operator.configure_network().result(SLOW)["ok"]
+        key = "1-1-11"
+        sent = operator.send_configuration({"all": {"threshold_global": 77}, key: {"enable_tally": 0}}).result(LIMIT)
+        assert sent == {"chips": 12, "registers": 13}
+        result = operator.validate_configuration().result(SLOW)
+        assert (result["ok"], result["registers"], result["without_magic"]) == (True, 12 * (256 - 5), 0), result
+        read = operator.read_configuration(key, ["tx_slices0", "enable_tally", 119]).result(LIMIT)["chips"][key]
+        assert (read["enable_tally"], read["total_packets_msbs"]) == (0, 0)
+        # The lines in use, as for real chips: current, slices, and the termination of the receiver.
+        wanted = operator.retrieve_configuration(key).result(LIMIT)[key]["wanted"]
+        uart = wanted["enable_piso_downstream"].index(1)
+        receiver = wanted["enable_posi"].index(1)
+        assert (wanted[f"i_tx_diff{uart}"], wanted[f"tx_slices{uart}"], wanted[f"r_term{receiver}"]) == (7, 15, 7)
+        for action in ("write_configuration", "validate_configuration", "enforce_configuration"):
+            with pytest.raises(RequestError, match=f"{action}: chip {key}: dropped_packets: chips count in this"):
+                getattr(operator, action)(key, [64, "dropped_packets"]).result(SLOW)
         assert operator.reset(31).result(LIMIT)["configuration"] == {"1": "lost"}
-        operator.write_configuration().result(LIMIT)
-        # Chip 1-1-2 is known now, without a wanted value.
-        validated = operator.validate_configuration().result(SLOW)
-        assert (validated["ok"], validated["chips"], validated["registers"]) == (True, 1, 2), validated
-        assert operator.read_configuration("1-1-1").result(SLOW)["chips"] == before
-        wanted = operator.retrieve_configuration().result(LIMIT)["1-1-1"]["wanted"]
-        assert wanted == {f"register {speak}": 15, "register 64": 77}
+        assert operator.configure_network().result(SLOW)["ok"]
+        assert operator.enforce_configuration().result(SLOW)["written"] > 12
     finally:
         board.close()
 
@@ -319,20 +316,21 @@ def chip_state(setup):
     return ChipState(ChipRegisters("3"), ProducerPipe(None, setup))
 
 
-def test_the_next_child_writes_no_register_of_a_v3_chip_that_was_never_set():
+def test_the_next_child_writes_no_register_in_which_a_v3_chip_counts():
     setup = Setup([BoardInfo(1, "pacman", "board")], "3", 3, 2)
     first = chip_state(setup)
     place = first.find("1-1-1")
-    first.wanted[place, 125], first.given[place, 125] = 15, True
-    stranger = Controller()  # larpix-control would call its chips v2b
+    first.wanted[place, 125], first.wanted[place, 118], first.given[place, 118] = 15, 9, True
+    stranger = Controller()
     stranger.add_chip("1-1-1", version="2b")
-    first.take_over(stranger)
+    with pytest.raises(RequestError, match="chip 1-1-1: expected a configuration of v3 chips in the Controller, found"):
+        first.take_over(stranger)
     left = first.state()
     seen = {"read": bytes(REGISTERS), "known": bytes(REGISTERS)}
     other = chip_state(structs.replace(setup, **structs.asdict(left), **seen))
     other.restore()
-    assert np.argwhere(other.given).tolist() == [[0, 125]]
-    assert other.wanted[0, 125] == 15
+    assert np.flatnonzero(~other.given[0]).tolist() == [116, 117, 119, 120]
+    assert other.wanted[0, [118, 125]].tolist() == [9, 15]
 
 
 class FaultyExchange:

@@ -76,6 +76,23 @@ def test_v2d_has_the_registers_of_v2b_but_for_one():
     )
 
 
+def test_v3_has_the_power_up_values_of_the_design():
+    """As the v3b design states them, by address."""
+    expected = np.zeros(256, np.uint8)
+    expected[:64] = 0x10
+    for first, n, value in (
+        (64, 1, 0xFF), (65, 1, 4), (74, 6, 8), (80, 1, 5), (81, 1, 0x50), (82, 1, 0xDE), (83, 1, 8), (100, 8, 0xFF),
+        (122, 1, 1), (123, 1, 0x90), (126, 1, 0x0F), (128, 1, 0x60), (131, 32, 0xFF), (164, 1, 0x10), (170, 1, 0x4C),
+        (171, 1, 0xFF), (237, 1, 0x20), (238, 1, 0x1E), (239, 4, 0x88), (247, 1, 4), (248, 3, 2), (254, 2, 0x55),
+    ):  # fmt: skip
+        expected[first : first + n] = value
+    assert known["3"].defaults.tolist() == expected.tolist()
+    assert np.flatnonzero(known["3"].counted).tolist() == list(range(116, 121))
+    values = known["3"].defaults[None, :].copy()
+    known["3"].change(values, {"i_rx1": 3, "voltage_monitor_bank1": [1, 0, 0], "reset_threshold_msbs": 2})
+    assert values[0, [243, 111, 127]].tolist() == [0xC0, 1 << 3, 4]
+
+
 #: Registers whose 8 bits all have a meaning.
 whole = [64, *range(66, 74), 82, 83, 108, *range(120, 123), *range(131, 170), *range(171, 237)]
 
@@ -114,7 +131,7 @@ def test_io_channels_take_turns_and_keep_their_order(channels):
     assert rounds == sorted(rounds)
 
 
-@pytest.mark.parametrize("asic", ["1", "2", "2b", "2d", "lightpix-1"])
+@pytest.mark.parametrize("asic", ["1", "2", "2b", "2d", "lightpix-1", "3"])
 def test_power_up_values_by_name_are_those_of_larpix_control(asic):
     registers = known[asic]
     config = registers._class()
@@ -124,7 +141,7 @@ def test_power_up_values_by_name_are_those_of_larpix_control(asic):
     }
 
 
-@pytest.mark.parametrize("asic", ["1", "2", "2b", "2d", "lightpix-1"])
+@pytest.mark.parametrize("asic", ["1", "2", "2b", "2d", "lightpix-1", "3"])
 @settings(max_examples=examples(50))
 @given(data=st.data())
 def test_a_register_set_for_many_chips_is_set_as_larpix_control_does(asic, data):
@@ -166,11 +183,8 @@ def test_a_register_set_for_many_chips_is_set_as_larpix_control_does(asic, data)
         ("2", {237: 1}, "register 237: expected a name or an address from 0 to 236"),
         ("2", {64: -1}, "chip 1-1-2: register 64: expected 0 to 255, found -1"),
         ("2", {True: 1}, "register True: expected a name or an address"),
-        (
-            "3",
-            {"threshold_global": 1},
-            "register 'threshold_global': registers of v3 chips have only addresses, 0 to 255",
-        ),
+        ("3", {"vcm_dac": 1}, "register 'vcm_dac': v3 chips have none of this name"),
+        ("3", {"r_term0": 8}, "chip 1-1-2: register r_term0: 8: value must be between 0 and 7"),
     ],
 )
 def test_invalid_updates_are_refused_in_one_line(asic, updates, says):
@@ -188,6 +202,6 @@ def test_every_address_has_a_name():
     assert (v2.name(5), v2.name(64), v2.name(131)) == ("pixel_trim_dac[5]", "threshold_global", "channel_mask[0:8]")
     assert v2.name(163) == "periodic_reset_cycles, byte 0"
     assert "/" in v2.name(170)
-    assert known["3"].name(7) == "register 7"
+    assert [known["3"].name(at) for at in (7, 121, 251)] == ["pixel_trim_dac[7]", "adc_hold_delay", "register 251"]
     for registers in known.values():
         assert all(registers.name(address) for address in range(registers.count))
