@@ -15,7 +15,7 @@ from larpixdaq.hardware.register_map import MAGIC_ASICS
 
 
 class Supplies(NamedTuple):
-    """Volts of VDDA and VDDD: the usual ones, and the minimum at which chips work."""
+    """Volts of VDDA and VDDD: the usual ones, and the minimum at which channels, and chips, work."""
 
     usual: tuple[float, float]
     minimum: tuple[float, float]
@@ -78,7 +78,9 @@ class EmulatedChips:
         self.changed = np.ones(n, np.uint8)
         #: Called with chip and DAC counts at a falling step of the test pulse DAC.
         self.on_pulse: Callable[[int, int], None] = lambda chip, step: None
+        #: Chips that work, because VDDD is on, and those whose channels work, because VDDA is on too.
         self.alive = np.zeros(n, np.bool_)
+        self.sensing = np.zeros(n, np.bool_)
         tiles = [(io_channel - 1) // TILE_CHANNELS for io_channel, _ in wiring.keys]
         self._tile = np.clip(tiles, 0, _MAX_TILES - 1)
         self._working = np.ones(n, np.bool_)
@@ -111,7 +113,8 @@ class EmulatedChips:
         )
         #: Tick of the board's clock at which the clock of each chip was 0.
         self.clock_start = np.zeros(n, np.int64)
-        self.powered_tiles = 0
+        #: Masks of the tiles that have VDDD, and those that have VDDA too.
+        self.powered_tiles = 0, 0
         #: Tiles that have chips.
         self.equipped_tiles = sum(1 << tile for tile in set(self._tile.tolist()))
         if powered:
@@ -126,15 +129,20 @@ class EmulatedChips:
         """Return the numbers of words that no chip heard, and that the chip did not take."""
         return {"unheard": self._native.unheard, "refused": self._native.refused}
 
-    def power(self, tiles: int, tick: int = 0) -> None:
-        """Power these tiles and no others. Chips that get power restart at this tick of the board's clock."""
+    def power(self, tiles: int, tick: int = 0, analog: int = -1) -> None:
+        """Power these tiles and no others. Chips that get power restart at this tick of the board's clock.
+
+        `analog`: mask of the tiles that also have VDDA. Without it chips keep and answer their configuration, and their
+        channels see nothing.
+        """
         on = (tiles >> self._tile & 1).astype(np.bool_) & self._working
-        self.powered_tiles = tiles
+        sensing = (analog >> self._tile & 1).astype(np.bool_) & on
+        self.powered_tiles = tiles, tiles & analog
         started = on & ~self.alive
         self._restore_registers(started)
         self.clock_start[started] = tick
-        self.changed[on != self.alive] = 1
-        self.alive[:] = on
+        self.changed[(on != self.alive) | (sensing != self.sensing)] = 1
+        self.alive[:], self.sensing[:] = on, sensing
         self.network.invalidate()
 
     def reset(self, length: int, tick: int, tiles: int = -1) -> None:

@@ -91,7 +91,7 @@ class Noise:
             return (np.full(shape, default) if field is None else field.values(registers)).astype(np.bool_)
 
         channels = self.channels
-        on = self.chips.alive[changed, None] & flags("csa_enable", 1) & channels.working[changed]
+        on = self.chips.sensing[changed, None] & flags("csa_enable", 1) & channels.working[changed]
         threshold = (
             value("threshold_global")[:, None] * DAC_STEP + fields["pixel_trim_dac"].values(registers) * TRIM_STEP
         )

@@ -151,7 +151,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--revision",
         choices=sorted(revisions.REVISIONS),
         default=revisions.DEFAULT,
-        help="hardware revision of the boards, with its registers; 4m2 is 4 with the firmware of Module 2 "
+        help="hardware revision of the boards, with its registers; 3b is 3 with UARTs of 50 MHz, 4m2 is 4 with the "
+        "firmware of Module 2 "
         "(default %(default)s)",
     )
     add(

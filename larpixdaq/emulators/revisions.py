@@ -139,6 +139,11 @@ def _rev3() -> EmulatedRevision:
     )
 
 
+def _rev3_fast() -> EmulatedRevision:
+    """Revision 3 with firmware 1.3-1.0, whose UARTs divide 50 MHz."""
+    return replace(_rev3(), uart_clock=50_000_000, uart_ratio=10)
+
+
 def _revision_with_rows(tiles: int, vdda_current: Encoder, vddd_current: Encoder) -> EmulatedRevision:
     """DACs and monitors of revisions 4 and 5: a row of registers for each quantity, with one register per tile."""
     dacs, monitors = {}, {}
@@ -187,5 +192,5 @@ def _rev5() -> EmulatedRevision:
 
 
 #: Revisions by their names in --revision.
-REVISIONS: Final = {"2": _rev2(), "3": _rev3(), "4": _rev4(), "4m2": _rev4_module2(), "5": _rev5()}
+REVISIONS: Final = {"2": _rev2(), "3": _rev3(), "3b": _rev3_fast(), "4": _rev4(), "4m2": _rev4_module2(), "5": _rev5()}
 DEFAULT: Final = "5"

@@ -117,7 +117,8 @@ class EmulatedTile:
         self._registers = registers
         if registers:
             registers.on_change = self._register_changed
-            self.chips.power(self._tiles_with_power(registers), tick)
+            tiles, analog = self._tiles_with_power(registers)
+            self.chips.power(tiles, tick, analog)
             self._set_lines(registers)
 
     @property
@@ -164,7 +165,7 @@ class EmulatedTile:
         """Apply a write to a register of the board."""
         assert self._registers
         if register in (TILE_ENABLE, ANALOG_POWER) or register >= I2C:
-            self._power(self._tiles_with_power(self._registers))
+            self._power(*self._tiles_with_power(self._registers))
         elif register == CLOCK_CONTROL:
             if value & ~old & _RESET:
                 self.reset(self._registers[RESET_CYCLES], self._registers.reset_tiles())
@@ -180,19 +181,19 @@ class EmulatedTile:
         if register == receivers or (register < I2C and register % BANK in _LINE_REGISTERS):
             self._set_lines(self._registers)
 
-    def _tiles_with_power(self, registers: BoardRegisters) -> int:
-        """Mask of the tiles whose supplies are high enough for their chips."""
+    def _tiles_with_power(self, registers: BoardRegisters) -> tuple[int, int]:
+        """Masks of the tiles whose VDDD is high enough for their chips, and of those whose VDDA is, too."""
         minimum = SUPPLIES[self.chips.asic].minimum
-        tiles = 0
+        high = [0, 0]
         for tile in range(registers.revision.tiles):
-            volts = (registers.volts(Rail(tile, VDDA)), registers.volts(Rail(tile, VDDD)))
-            tiles |= (volts[0] >= minimum[0] and volts[1] >= minimum[1]) << tile
-        return tiles
+            for rail in (VDDA, VDDD):
+                high[rail] |= (registers.volts(Rail(tile, rail)) >= minimum[rail]) << tile
+        return high[VDDD], high[VDDD] & high[VDDA]
 
-    def _power(self, tiles: int) -> None:
-        if tiles != self.chips.powered_tiles:
+    def _power(self, tiles: int, analog: int) -> None:
+        if (tiles, analog) != self.chips.powered_tiles:
             self._generate_until(now := self.tick)
-            self.chips.power(tiles, now)
+            self.chips.power(tiles, now, analog)
 
     def reset(self, length: int, tiles: int = -1) -> None:
         """Reset the chips on these tiles (mask) for `length` ticks of their clock."""

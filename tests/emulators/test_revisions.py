@@ -59,7 +59,7 @@ SUPPLIES = {
         ((0x24039, plain), (0x24049, plain), (0x24059, lambda x: x / 4), (0x24069, lambda x: x / 4)),
     ),
 }
-SUPPLIES["4m2"] = SUPPLIES["4"]
+SUPPLIES["3b"], SUPPLIES["4m2"] = SUPPLIES["3"], SUPPLIES["4"]
 every_revision = pytest.mark.parametrize("revision", sorted(SUPPLIES))
 
 
@@ -111,7 +111,7 @@ def test_registers_with_special_behaviour():
     rev4.write(0x1004, 7)
     assert [rev4.read(register) for register in (0x10, 0x13, 0x20, 0x1004)] == [5, 5, 0, 0]
     ratios = {revision: registers(revision).read(0x3010) for revision in REVISIONS}
-    assert ratios == {"2": 2, "3": 2, "4": 10, "4m2": 10, "5": 2}
+    assert ratios == {"2": 2, "3": 2, "3b": 10, "4": 10, "4m2": 10, "5": 2}
     assert [registers(revision).read(0x7010) for revision in ("2", "5")] == [0, 2], "io_channel 5"
 
 
@@ -172,7 +172,7 @@ def test_requests_wait_for_slow_reads():
     slow = {
         revision: [registers(revision).read_seconds(at) for at in (0x24030, 0x24040, 0x24060)] for revision in REVISIONS
     }
-    assert slow == {"2": [0] * 3, "3": [0] * 3, "4": [0, 1, 1], "4m2": [0, 1, 1], "5": [0, 0.01, 0.01]}
+    assert slow == {"2": [0] * 3, "3": [0] * 3, "3b": [0] * 3, "4": [0, 1, 1], "4m2": [0, 1, 1], "5": [0, 0.01, 0.01]}
 
 
 def switched_on(revision, asic="2b", chips=4):
@@ -187,26 +187,32 @@ def switched_on(revision, asic="2b", chips=4):
 
 @every_revision
 def test_chips_have_power_when_all_supplies_and_clocks_are_on(revision):
-    """In any order. Chips whose supply is off, or below the minimum voltage, lose their configuration."""
+    """In any order. Chips whose VDDD is off, or below the minimum voltage, lose their configuration.
+
+    Those without VDDA keep it, and their channels see nothing.
+    """
     per_volt = 46_260 / 1.8 if revision != "2" else 54_691 / 1.8
-    vdda, vddd = {"2": (0x24011, 0x24001), "3": (0x24130, 0x24131)}.get(revision, (0x24010, 0x24020))
+    vdda, vddd = {"2": (0x24011, 0x24001), "3": (0x24130, 0x24131)}.get(revision[0], (0x24010, 0x24020))
     on = [(vdda, round(1.8 * per_volt)), (vddd, round(1.2 * per_volt)), (0x10, 0x301)]
     on += [(0x14, 1)] if revision != "2" else []
     board, chips, _ = switched_on(revision)
     for first in range(len(on)):
         assert not chips.alive.any()
         for register, value in on[first:] + on[:first]:
-            assert not chips.alive.any()
+            assert not chips.sensing.any()
             board.write(register, value)
         assert chips.alive.all()
+        assert chips.sensing.all()
         chips.registers[:, 64] = 9
         board.write(vddd, round(1.05 * per_volt))
+        board.write(vdda, round(1.4 * per_volt))
+        assert not chips.sensing.any()
         assert (chips.registers[:, 64] == 9).all()
-        board.write(*[(vddd, round(0.9 * per_volt)), (vdda, round(1.4 * per_volt)), (0x10, 2), (0x14, 0)][first])
+        board.write(*[(vddd, round(0.9 * per_volt)), (vddd, 0), (0x10, 2), (0x14, 0)][first])
         assert not chips.alive.any()
         for register, value in on:
             board.write(register, value)
-        assert chips.alive.all()
+        assert chips.sensing.all()
         assert (chips.registers[:, 64] == 255).all()
         assert (chips.registers[:, chips.map.address("chip_id")] == 1).all()
         for register, _ in on:
