@@ -151,7 +151,11 @@ class Names:
     def routines(self) -> dict[str, list[str]]:
         """Return the names of the parameters of each routine."""
         listed = self._ask("routines", self._operator.list_routines, [])
-        return {routine["name"]: [param["name"] for param in routine["params"]] for routine in listed}
+        return {
+            routine["name"]: [param["name"] for param in routine["params"]]
+            for routine in listed
+            if not routine.get("error")
+        }
 
     def chips(self) -> list[str]:
         """Return the keys of the chips of the loaded board, or else of those that the monitor has seen."""

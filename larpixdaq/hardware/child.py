@@ -30,6 +30,7 @@ from larpixdaq.hardware.producer_link import ProducerPipe
 from larpixdaq.hardware.routine_arguments import check_arguments, parameters, usage
 from larpixdaq.protocol import hardware
 from larpixdaq.routines import load
+from larpixdaq.routines._former_names import advice
 from larpixdaq.runtime.child_process import PIECE, parent_socket
 
 if TYPE_CHECKING:
@@ -55,7 +56,11 @@ class RequestWorker:
                 hardware.RoutineInfo(name, parameters(routine), inspect.getdoc(routine.func) or "")
                 for name, routine in sorted(routines.items())
             ]
-            self._link.send(hardware.RoutineList(request.request, described, broken))
+            described += [
+                hardware.RoutineInfo(Path(path).name, error=_escaped(f"{path}: {reason}"))
+                for path, reason in broken.items()
+            ]
+            self._link.send(hardware.RoutineList(request.request, described))
         else:
             self._run(request)
 
@@ -76,7 +81,7 @@ class RequestWorker:
             text = text if text.startswith(f"{name}: ") else f"{name}: {text}"
             answer = hardware.ActionFailed(request.request, _one_line(text), code=code)
         except BaseException as error:  # a routine can raise anything
-            text = f"{name}: {''.join(traceback.format_exception_only(error))}"
+            text = f"{name}: {''.join(traceback.format_exception_only(error)).rstrip()}{advice(error)}"
             trace = _escaped(traceback.format_exc(limit=-50))[-20_000:]
             answer = hardware.ActionFailed(request.request, _one_line(text), traceback=trace)
         finally:
@@ -120,12 +125,15 @@ class RequestWorker:
         if routine is None:
             text = f"no routine {request.name!r:.100}; there are {', '.join(sorted(routines)) or 'none'}"
             if broken:
-                text += f" (not loaded: {'; '.join(broken)})"
+                text += f" (not loaded: {'; '.join(f'{path}: {reason}' for path, reason in broken.items())})"
             return hardware.ActionFailed(request.request, _one_line(text), code="unknown")
         try:
             args, kwargs = check_arguments(routine, request.args, request.kwargs)
         except TypeError as error:
-            return hardware.ActionFailed(request.request, _one_line(f"routine {usage(routine)}: {error}"))
+            text = f"routine {usage(routine)}: {error}"
+            if "timeout" in request.kwargs:  # of version 0.2
+                text += "; run_routine(..., time_limit=) ends the routine, .result(timeout=) ends the waiting"
+            return hardware.ActionFailed(request.request, _one_line(text))
         chips = self._chip_state()
         controller = chips.controller()
         try:

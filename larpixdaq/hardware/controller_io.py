@@ -13,7 +13,7 @@ from typing import Any, Final
 import bidict
 import numpy as np
 from larpix.io import IO
-from larpix.packet import Packet_v1, Packet_v2, SyncPacket, TimestampPacket, TriggerPacket
+from larpix.packet import Packet_v1, Packet_v2, PacketCollection, SyncPacket, TimestampPacket, TriggerPacket
 from numpy.typing import NDArray
 
 from larpixdaq._native import word_codec
@@ -24,8 +24,11 @@ from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.hardware.register_io import BATCH, RegisterExchange, interleave
 from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.protocol import hardware
+from larpixdaq.routines._former_names import refuse_unknown_names
 from larpixdaq.schema import Asic, PacketType, types_of
 
+#: Attributes that packets get from an io and from larpix-control's loggers.
+_ADDED_NAMES: Final = ("receipt_timestamp", "direction")
 _LISTEN_TO: Final = {None: hardware.ALL_ROWS, "all": hardware.ALL_ROWS, "answers": hardware.CONFIG_ANSWERS}
 
 
@@ -52,6 +55,8 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         self.marks: dict[int, str] = {}
         #: Number of the last mark of a measurement. Consecutive marks ask for different registers.
         self.mark_number = 0
+        kinds = [Packet_v1()] if self._asic == Asic.V1 else [Packet_v2(), SyncPacket(), TriggerPacket()]
+        refuse_unknown_names(PacketCollection, [*kinds, TimestampPacket()], _ADDED_NAMES)
 
     def load(self, filepath: Any = None) -> None:
         raise RequestError("no io file is loaded in a routine: the producer's options name the boards")

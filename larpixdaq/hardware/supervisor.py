@@ -90,9 +90,10 @@ class Child:
         return self._running.name if self._running is not None else None
 
     def list_routines(self, call: Call) -> None:
-        """List routines: [{"name", "params", "help"}], with `params` [{"name", "type", "required", "default"}].
+        """List routines: [{"name", "params", "help", "error"}], `params` [{"name", "type", "required", "default"}].
 
-        While a routine or action runs, the result is the last list.
+        A file that could not be loaded is in the list with its error, which is "" for routines. While a routine or
+        action runs, the result is the last list.
         """
         if self._running is not None and self._routines is not None:
             call.result(self._routines, f"as before {self._running.title}, which is running")
@@ -288,10 +289,11 @@ class Child:
             return
         call = self._end_call(answer.request)
         if isinstance(answer, hardware.RoutineList):
-            for line in answer.broken:
+            broken = [routine.error for routine in answer.routines if routine.error]
+            for line in broken:
                 _log.warning("routine file not loaded: %s", line)
             self._routines = msgspec.to_builtins(answer.routines)
-            call.result(self._routines, f"not loaded: {'; '.join(answer.broken)}" if answer.broken else "")
+            call.result(self._routines, f"not loaded: {'; '.join(broken)}" if broken else "")
         elif isinstance(answer, hardware.Result):
             if call.action == "load_pixel_layout":
                 self.pixel_layout = {**answer.value, "loaded": time.time()}

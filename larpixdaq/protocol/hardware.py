@@ -93,15 +93,17 @@ class CommandDone(msgspec.Struct, array_like=True, tag=6, frozen=True):
 
 
 class RoutineInfo(msgspec.Struct, frozen=True):
+    """A routine, or a routine file that could not be loaded: `error` has its path and the reason, in one line."""
+
     name: str
-    params: list[Parameter]
-    help: str  # the function's docstring
+    params: list[Parameter] = []
+    help: str = ""  # the function's docstring
+    error: str = ""
 
 
 class RoutineList(msgspec.Struct, array_like=True, tag=11, frozen=True):
     request: int
-    routines: list[RoutineInfo]
-    broken: list[str]  # a line for each file that could not be loaded, with the reason
+    routines: list[RoutineInfo]  # those with an error last
 
 
 class Progress(msgspec.Struct, array_like=True, tag=12, frozen=True):

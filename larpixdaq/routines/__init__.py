@@ -37,6 +37,8 @@ from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
+from larpixdaq.routines._former_names import advice
+
 
 @dataclass(frozen=True)
 class Routine:
@@ -70,7 +72,7 @@ def init_routines(location: str | os.PathLike[str] | None = None) -> dict[str, R
     routines, broken = load([] if location is None else [Path(location).absolute()])
     ROUTINES.update(routines)
     if broken:
-        raise ImportError("; ".join(broken))
+        raise ImportError("; ".join(f"{path}: {reason}" for path, reason in broken.items()))
     return ROUTINES
 
 
@@ -95,20 +97,20 @@ def _drop_report(*report: Any) -> None:
     """Stands in for `send_data` and `send_info`."""
 
 
-def load(folders: Iterable[Path] = ()) -> tuple[dict[str, Routine], list[str]]:
+def load(folders: Iterable[Path] = ()) -> tuple[dict[str, Routine], dict[str, str]]:
     """Load the routines of larpix-daq and of the files in these folders, by name; a later file replaces a name.
 
     Files are read again at each call. A file that cannot be loaded does not affect the others: the second result has
-    one line for each such file, with the reason.
+    the reason, in one line, by the path of each such file.
     """
     routines: dict[str, Routine] = {}
-    broken: list[str] = []
+    broken: dict[str, str] = {}
     files = [(f"{__name__}.{path.stem}", path) for path in sorted(Path(__file__).parent.glob("[!_.]*.py"))]
     for folder in folders:
         try:
             paths = sorted(path for path in folder.iterdir() if path.suffix == ".py" and path.name[0] not in "_.")
         except OSError as error:
-            broken.append(f"{folder}: {error.strerror}")
+            broken[str(folder)] = error.strerror or type(error).__name__
             continue
         # At the end of sys.path, so that routine files can import each other but cannot hide a module of a library.
         if str(folder) not in sys.path:
@@ -118,7 +120,7 @@ def load(folders: Iterable[Path] = ()) -> tuple[dict[str, Routine], list[str]]:
         try:
             routines.update(_registration(name, path))
         except (Exception, SystemExit) as error:
-            broken.append(f"{path}: {type(error).__name__}: {error}")
+            broken[str(path)] = " ".join(f"{type(error).__name__}: {error}{advice(error)}".split())
     return routines, broken
 
 

@@ -225,6 +225,7 @@ def test_routines_are_listed_with_their_parameters(same_child):
             {"name": "b", "type": "", "required": False, "default": 2},
         ],
         "help": "Adds.\n\nMore about it.",
+        "error": "",
     }
     assert listed["state"]["params"] == []
     assert listed["hello_world"]["params"] == [{"name": "name", "type": "str", "required": False, "default": "world"}]
@@ -295,6 +296,11 @@ def test_arguments_by_name_and_by_place(same_child):
     assert "missing a required argument: 'chip'" in run(same_child, "old", seconds=3).last[1]
     assert "multiple values for argument 'chip'" in run(same_child, "old", "x", chip="y").last[1]
     assert "unexpected keyword argument 'chips'" in run(same_child, "old", chips="y").last[1]
+    assert (
+        run(same_child, "old", "x", timeout=None)
+        .last[1]
+        .endswith("'timeout'; run_routine(..., time_limit=) ends the routine, .result(timeout=) ends the waiting")
+    )
 
 
 def test_directories_below_the_allowed_ones_can_be_added(child, folder, tmp_path):
@@ -459,13 +465,17 @@ def test_files_are_read_again_and_broken_files_do_not_affect_others(child, folde
     until(child, lambda: call.ended, "the list")
     assert "later" in [routine["name"] for routine in call.last[1]]
     assert "types.py: TypeError: registration['a']: expected a Routine with a function, found 3" in call.last[2]
+    broken = {listed_["name"]: listed_ for listed_ in call.last[1] if listed_["error"]}
+    assert list(broken) == ["leaves.py", "syntax.py", "types.py"]
+    assert broken["leaves.py"]["error"] == f"{folder / 'leaves.py'}: SystemExit: gone"
+    assert broken["leaves.py"]["params"] == []
     assert "routine file not loaded" in caplog.text
 
 
 def test_load_names_a_missing_folder(tmp_path):
     found, broken = load([tmp_path / "absent"])
     assert isinstance(found["hello_world"], Routine)
-    assert broken == [f"{tmp_path / 'absent'}: No such file or directory"]
+    assert broken == {str(tmp_path / "absent"): "No such file or directory"}
 
 
 def alive(pid):
@@ -521,7 +531,9 @@ while True:
 
 
 def test_messages_in_any_pieces_and_garbage():
-    listed_ = hardware.RoutineList(1, [hardware.RoutineInfo("a", [Parameter("b")], "c")], ["d"])
+    listed_ = hardware.RoutineList(
+        1, [hardware.RoutineInfo("a", [Parameter("b")], "c"), hardware.RoutineInfo("d", error="e")]
+    )
     data = hardware.pack(listed_) + hardware.pack(hardware.Result(2, {"x": [1]}))
     inbox = hardware.Inbox(requests=False)
     found = [message for i in range(len(data)) for message in inbox.take(data[i : i + 1])]

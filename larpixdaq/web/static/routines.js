@@ -139,10 +139,12 @@ export class RoutinesTab {
     this.routines = found;
     setOptions(
       this.choice,
-      found.map((routine) => routine.name),
+      found.map((routine) => (routine.error ? [routine.name, `${routine.name}: not loaded`] : routine.name)),
     );
     if (!this.choice.value && found.length) this.choice.value = found[0].name;
-    setText(this.listNote, plural(found.length, "routine"));
+    const broken = found.filter((routine) => routine.error).length;
+    const note = broken ? `, ${plural(broken, "file")} not loaded` : "";
+    setText(this.listNote, plural(found.length - broken, "routine") + note);
     this.showForm();
   }
 
@@ -158,7 +160,7 @@ export class RoutinesTab {
 
   showForm() {
     const routine = this.routines.find((one) => one.name === this.choice.value);
-    setText(this.help, routine?.help || "no description");
+    setText(this.help, routine?.error || routine?.help || "no description");
     this.entries = new Map();
     this.limit = input({ placeholder: "3600", size: "8", inputmode: "numeric" });
     const rows = (routine?.params ?? []).map((parameter) => {
