@@ -9,9 +9,10 @@ if __spec__ is None and sys.path[0].endswith("larpixdaq"):
     del sys.path[0]
 
 
+import functools
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -52,20 +53,20 @@ class Operator:
 
     def __init__(
         self,
-        core: str = config.LOOPBACK,
+        core: str | None = None,
         *,
         name: str | None = None,
         timeout: float = NO_CORE,
         insecure: bool = False,
         supervised: bool = False,
     ) -> None:
-        """Connect to the core at the address `core`, with or without a port number.
+        """Connect to the core at the address `core`, with or without a port number; None: on this machine.
 
         NoCore when no core answers within `timeout` seconds; NotAllowed when this user has no key for it. `insecure`:
         connect without a key, to a core that was started with --insecure. `supervised`: this process is started by a
         supervisor, which knows it by `name` and waits until it has connected.
         """
-        address, pid = config.address(core, config.CORE_PORT), os.getpid() if supervised else 0
+        address, pid = config.address(core or config.LOOPBACK, config.CORE_PORT), os.getpid() if supervised else 0
         self._connection = Connection(address, name or _me(), insecure=insecure, pid=pid)
         # Runs at close(), when this Operator is garbage collected, and at exit, so that control is always given back.
         self._finish = weakref.finalize(self, self._connection.close)
@@ -80,6 +81,8 @@ class Operator:
         """Give control back and disconnect. Unfinished requests fail."""
         self._finish()
 
+    cleanup = close
+
     def __enter__(self) -> Operator:
         return self
 
@@ -89,6 +92,10 @@ class Operator:
         if kind is not None:
             self._connection.ignore_open_requests()  # the exception is enough
         self.close()
+
+    @property
+    def _controller(self) -> Any:
+        raise AttributeError("the controller of version 0.2 is gone; write .state() and .components()")
 
     def __repr__(self) -> str:
         update = self._connection.last_update
@@ -481,9 +488,10 @@ class Operator:
     # Routines, in the first producer, or the one named by `component`.
 
     def list_routines(self, component: str | None = None) -> Request:
-        """List the routines: a list of dicts with name, params, help.
+        """List the routines: a list of dicts with name, params, help, error.
 
-        `params` is a list of dicts with name, type, required, default.
+        `params` is a list of dicts with name, type, required, default. `error`: why a routine file, which `name` names
+        then, could not be loaded; "" for routines.
         """
         return self._producer(component, "list_routines")
 
@@ -528,3 +536,22 @@ class Operator:
 
     def _producer(self, component: str | None, action: str, **params: Any) -> Request:
         return self._connection.ask(action, params, component or "", "" if component else PRODUCER)
+
+
+def _without_timeout(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that refuses `timeout`, which the methods of version 0.2 had, and says what to write instead."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "timeout" in kwargs:
+            limit = f"timeout={kwargs['timeout']!r:.20}"
+            raise TypeError(f"{method.__name__}: {limit} is no argument of it any more; wait with .result({limit})")
+        return method(*args, **kwargs)
+
+    return call
+
+
+for _name, _method in list(vars(Operator).items()):
+    # run_routine() and call() pass unknown names on, and a routine may have a timeout.
+    if callable(_method) and not _name.startswith("_") and _name not in ("run_routine", "call"):
+        setattr(Operator, _name, _without_timeout(_method))

@@ -59,6 +59,11 @@ class Response:
     total: int = 0
     error: LarpixDaqError | None = None
 
+    def __getitem__(self, key: object) -> Any:
+        raise TypeError(
+            f"a Response is no dictionary with [{key!r:.40}]: its result is .value; .kind, .text and .error are others"
+        )
+
     def __str__(self) -> str:
         parts = [f"{self.component}: {self.kind}" if self.component else self.kind]
         if self.total:
