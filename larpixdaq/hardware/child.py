@@ -81,7 +81,9 @@ class RequestWorker:
             text = text if text.startswith(f"{name}: ") else f"{name}: {text}"
             answer = hardware.ActionFailed(request.request, _one_line(text), code=code)
         except BaseException as error:  # a routine can raise anything
-            text = f"{name}: {''.join(traceback.format_exception_only(error)).rstrip()}{advice(error)}"
+            today = advice(error)
+            stated = "".join(traceback.format_exception_only(error))  # with Python's guess at another name
+            text = f"{name}: {type(error).__name__}: {error}{today}" if today else f"{name}: {stated}"
             trace = _escaped(traceback.format_exc(limit=-50))[-20_000:]
             answer = hardware.ActionFailed(request.request, _one_line(text), traceback=trace)
         finally:

@@ -124,7 +124,16 @@ def _waits(controller, send_data, send_info):
     while True:
         pass
 
-registration = {"thresholds": Routine("thresholds", _thresholds, ["value"]), "waits": Routine("waits", _waits, [])}
+def _old(controller, send_data, send_info, *args):
+    controller.run(0.05, "old")
+    controller.reads[-1].extract("adc_counts", chip_key=args[0])
+    return controller, "success"
+
+registration = {
+    "thresholds": Routine("thresholds", _thresholds, ["value"]),
+    "waits": Routine("waits", _waits, []),
+    "old": Routine("old", _old, ["chip"]),
+}
 """
 
 
@@ -140,6 +149,9 @@ def test_a_routines_controller_reads_and_writes_and_its_values_stay(tmp_path, li
     assert (ok, diff, ping, vddd) == (True, "{}", {1: True}, [1800, 50.0])
     found = operator.read_configuration(key, "threshold_global").result(LIMIT)["chips"]
     assert found == {key: {"threshold_global": 55}}
+    with pytest.raises(RequestError, match=r"packets have no 'adc_counts' \(today: dataword\)\n") as caught:
+        operator.run_routine("old", key).result(LIMIT)
+    assert "Did you mean" not in str(caught.value).splitlines()[0]
 
     # The time limit ends the child; the next child knows board and values.
     request = operator.call("LArPix board", "run_routine", name="waits", args=[], kwargs={}, time_limit=0.5)
