@@ -66,6 +66,10 @@ class Board(_Table, frozen=True):
         Annotated[int, Meta(ge=2, le=5)] | UnsetType,
         Meta(description="register map of a PACMAN's command server, as --pacman-revision"),
     ] = UNSET
+    uarts: Annotated[
+        Literal[32] | UnsetType,
+        Meta(description="of a PACMAN of revision 5 whose firmware has 32 UARTs, as --pacman-uarts"),
+    ] = UNSET
     asic: Annotated[
         Literal["1", "2", "2b", "2d", "lightpix-1", "3"] | UnsetType,
         Meta(description="generation of its chips, one for all boards of a producer (default: `asic` of the producer)"),

@@ -60,7 +60,14 @@ _ENDED: Final[list[RunCondition]] = [
     condition for condition in RunCondition if condition not in (RunCondition.RUNNING, RunCondition.CANCELLED)
 ]
 #: Actions of a producer that report the state of chips and boards, and send no words to chips.
-HARDWARE_QUERIES: Final = ("board_status", "get_boards", "ping", "retrieve_configuration", "retrieve_pixel_layout")
+HARDWARE_QUERIES: Final = (
+    "board_status",
+    "get_boards",
+    "ping",
+    "read_board",
+    "retrieve_configuration",
+    "retrieve_pixel_layout",
+)
 #: Actions of a producer that change chips or boards, or send words to chips.
 HARDWARE_CHANGES: Final = (
     "configure_network",
@@ -68,11 +75,15 @@ HARDWARE_CHANGES: Final = (
     "load_board",
     "load_pixel_layout",
     "power",
+    "power_up",
     "read_configuration",
     "reset",
     "send_configuration",
+    "set_trigger",
     "set_uart_clock",
+    "set_uarts",
     "validate_configuration",
+    "write_board",
     "write_configuration",
 )
 HARDWARE_ACTIONS: Final = HARDWARE_QUERIES + HARDWARE_CHANGES

@@ -276,14 +276,16 @@ class DetectorConfig:
             self.fail((*keys, "boards"), "a producer reads boards of one kind: found bern and pacman")
         kind = kinds.pop()
         options: dict[str, Any] = {kind: [f"{board.io_group}={board.address}" for board in boards.values()]}
-        for key in ("bern", "pacman", "pacman-revision"):
+        for key in ("bern", "pacman", "pacman-revision", "pacman-uarts"):
             if key in table:
                 self.fail((*keys, key), "is given by the boards: leave it out")
         for name, board in boards.items():
-            if board.revision is not UNSET:
+            for key, value in (("revision", board.revision), ("uarts", board.uarts)):
+                if value is UNSET:
+                    continue
                 if kind != "pacman":
-                    self.fail(("boards", name, "revision"), f"is for PACMAN boards only, not for kind {kind}")
-                options.setdefault("pacman-revision", []).append(f"{board.io_group}={board.revision}")
+                    self.fail(("boards", name, key), f"is for PACMAN boards only, not for kind {kind}")
+                options.setdefault(f"pacman-{key}", []).append(f"{board.io_group}={value}")
             if board.asic is not UNSET:
                 asic = options.setdefault("asic", table.get("asic", board.asic))
                 if asic != board.asic:

@@ -468,6 +468,26 @@ class Operator:
         given = {"on": on, "tiles": tiles, "vddd_dac": vddd_dac, "vdda_dac": vdda_dac, "io_group": io_group}
         return self._producer(component, "power", **given, ramp=ramp)
 
+    def power_up(
+        self,
+        tiles: Any = None,
+        vdda_dac: int | None = None,
+        vddd_dac: int | None = None,
+        limits: dict[str, Any] | None = None,
+        io_group: Any = None,
+        component: str | None = None,
+    ) -> Request:
+        """Ramp the supplies of tiles (from 0) up, boards side by side, and reset the chips.
+
+        What is not given comes from the producer's --power-settings. `limits`: {"vdda_ma": highest, "vdda_mv": [lowest,
+        highest], ...}, of the monitors that board_status() shows. A tile that leaves its limits, or whose voltage does
+        not fit its DAC, is switched off, and the others go on. Tiles that are on already are left as they are. Result:
+        {"ok", "tiles": [{"io_group", "tile", "state": "on", "off" or "not known", "vdda_dac", "vddd_dac", "vdda_mv",
+        ..., "fault"}, ...], "uncertain": [monitors], "doubts"}. The report goes into the run's file.
+        """
+        given = {"tiles": tiles, "vdda_dac": vdda_dac, "vddd_dac": vddd_dac, "limits": limits, "io_group": io_group}
+        return self._producer(component, "power_up", **given)
+
     def reset(self, length: int = 256, io_group: Any = None, component: str | None = None) -> Request:
         """Reset all chips of boards for `length` ticks of the chips' clock, and wait for the end of the reset.
 
@@ -484,6 +504,55 @@ class Operator:
         """
         given = {"ratio": ratio, "io_channel": io_channel, "io_group": io_group}
         return self._producer(component, "set_uart_clock", **given)
+
+    def set_uarts(
+        self,
+        io_channel: Any = None,
+        receive: bool | None = None,
+        inverted: bool | None = None,
+        io_group: Any = None,
+        component: str | None = None,
+    ) -> Request:
+        """Switch the receivers of io_channels (a number, a list, None: all), or invert their lines.
+
+        `receive`: take what chips send (revision 5, and revision 4 with the firmware of Module 2). `inverted`: both
+        lines (not revision 2). Fails when a board reads back another value. Result: as write_board().
+        """
+        given = {"io_channel": io_channel, "receive": receive, "inverted": inverted, "io_group": io_group}
+        return self._producer(component, "set_uarts", **given)
+
+    def set_trigger(
+        self,
+        period: float | None = None,
+        tiles: Any = None,
+        trigger: Any = None,
+        io_group: Any = None,
+        component: str | None = None,
+    ) -> Request:
+        """Set the period of a board's own triggers (seconds, 0: off), and the tiles (from 0) that get triggers.
+
+        `trigger`: 0 (the periodic one), 1 (external input 1), a list, or None for all four, to which `tiles` applies;
+        the other tiles do not get it. Fails when a board reads back another value. Result: as write_board().
+        """
+        given = {"period": period, "tiles": tiles, "trigger": trigger, "io_group": io_group}
+        return self._producer(component, "set_trigger", **given)
+
+    def read_board(self, registers: Any = None, io_group: Any = None, component: str | None = None) -> Request:
+        """Read registers of PACMANs by name or address (None: all of the FPGA).
+
+        Refused for addresses that could end the board's command server. Result: a list of dicts with io_group,
+        register, address, value, hex.
+        """
+        return self._producer(component, "read_board", registers=registers, io_group=io_group)
+
+    def write_board(self, values: dict[Any, int], io_group: Any = None, component: str | None = None) -> Request:
+        """Write registers of PACMANs: {name or address: value of 32 bits}.
+
+        Refused for addresses that could end the board's command server, and for supplies of a board whose revision is
+        not known. Fails when a register of the FPGA reads back another value; those of supplies are not read back.
+        Result: as read_board(), and read_back: True or False.
+        """
+        return self._producer(component, "write_board", values=values, io_group=io_group)
 
     # Routines, in the first producer, or the one named by `component`.
 

@@ -29,6 +29,7 @@ from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.constants import HARDWARE_ACTIONS, Count, unusable
 from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import ConfigError, RequestError, RingError, StateError
+from larpixdaq.hardware.power_settings import read_settings
 from larpixdaq.hardware.supervisor import Child
 from larpixdaq.keys.curve import Admission, new_pair
 from larpixdaq.protocol import hardware
@@ -121,13 +122,14 @@ class Producer:
         self._firmware_requested: set[int] = set()  # io_groups, before this run
         self._firmware_tries: dict[int, int] = {}  # by io_group that has connected again: attempts that are left
         self._firmware: dict[str, str] = {}  # by io_group, the last answers of the boards
-        by_group = {channel.io_group: (channel.kind, channel.revision) for channel in channels}
+        by_group = {channel.io_group: (channel.kind, channel.revision, channel.uarts) for channel in channels}
         infos = []
         for source in boards:
             for group in source.io_groups:
-                kind, revision = by_group.get(group, ("", 0))
-                infos.append(hardware.BoardInfo(group, kind, source.name, revision))
-        setup = hardware.Setup(infos, options.asic, int(asic), self.layout.code)
+                kind, revision, uarts = by_group.get(group, ("", 0, 0))
+                infos.append(hardware.BoardInfo(group, kind, source.name, revision, uarts))
+        settings = str(options.power_settings.resolve()) if options.power_settings else ""
+        setup = hardware.Setup(infos, options.asic, int(asic), self.layout.code, power_settings=settings)
         self.child = Child(options.routines, self.commands, setup, self.tracker, self._record_changes)
         self.readout = Readout(
             boards,
@@ -277,6 +279,8 @@ class Producer:
         self._end_requested_ns = 0
         known = self.tracker.configurations()
         self._put_configurations(known)
+        self.child.new_power_reports()
+        self._put_texts(list(self.child.power_reports.values()))
         self.state = "READY"
         warnings = [*_warnings(boards, self._clock_limit), known.differences()]
         warning = "; ".join(line for line in warnings if line)
@@ -343,9 +347,16 @@ class Producer:
         return n
 
     def _record_changes(self) -> None:
-        """Record the configurations of chips with new writes or answers, in a run."""
+        """Record the configurations of chips with new writes or answers, and new reports on supplies, in a run."""
         if self.recorder.run is not None:
             self._put_configurations(self.tracker.changes())
+            self._put_texts(self.child.new_power_reports())
+
+    def _put_texts(self, texts: list[str]) -> None:
+        """Record INFO messages in the run."""
+        for text in texts:
+            if not self.recorder.info(text):
+                log.warning("the ring is full: not in the file: %s", text)
 
     def _put_configurations(self, configurations: Configurations) -> None:
         """Record configurations in the run, and mark all changes as reported."""
@@ -553,6 +564,10 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         "run with your rights",
     )  # fmt: skip
     parser.add_argument(
+        "--power-settings", type=Path, metavar="FILE",
+        help="DACs, limits and tiles of each PACMAN for power_up: a JSON file with the keys of a RUN_CONFIG.json",
+    )  # fmt: skip
+    parser.add_argument(
         "--clock-limit", type=parse_positive, default=1.0, metavar="SECONDS",
         help="warn when a board's clock differs from the host's by more than this (default: %(default)g)",
     )  # fmt: skip
@@ -570,6 +585,11 @@ def main(argv: list[str] | None = None) -> int:
             for folder in options.routines:
                 if not folder.is_dir():
                     raise ConfigError(f"--routines {folder}: no such directory")
+            if options.power_settings:
+                try:
+                    read_settings(str(options.power_settings))
+                except RequestError as error:
+                    raise ConfigError(str(error)) from None
             boards = source_options.create(options)
             waits = options.when_full == "wait" if options.when_full else all(source.waits for source in boards)
             for source in boards:

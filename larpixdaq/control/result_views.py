@@ -285,7 +285,36 @@ def _or_else(special: Callable[[Any], str], general: Callable[[Any], str]) -> Ca
 
 #: The view of all other results.
 GENERAL: Final = View(readable, html)
+# Supplies of boards
+
+
+def _marked(rows: Any, uncertain: Any) -> list[dict[str, Any]]:
+    """Return rows of monitors with a question mark at the names of uncertain ones."""
+    return [{f"{name} ?" if name in uncertain else name: value for name, value in row.items()} for row in rows]
+
+
+def _power(value: Any) -> dict[str, Any]:
+    """Return the result of power_up() for people."""
+    return {**value, "tiles": _marked(value["tiles"], value["uncertain"])}
+
+
+def _statuses(value: Any) -> list[dict[str, Any]]:
+    """Return the result of board_status() or power() for people."""
+    return [
+        {**status, "supplies": _marked(status["supplies"], status["uncertain"])} if "uncertain" in status else status
+        for status in value
+    ]
+
+
+_SUPPLIES: Final = View(
+    _or_else(lambda value: readable(_statuses(value)), readable), _or_else(lambda value: html(_statuses(value)), html)
+)
 _VIEWS: Final = {
     "adc_histogram": View(_or_else(_histogram_text, readable), _or_else(_histogram_html, html)),
+    "board_status": _SUPPLIES,
+    "power": _SUPPLIES,
+    "power_up": View(
+        _or_else(lambda value: readable(_power(value)), readable), _or_else(lambda value: html(_power(value)), html)
+    ),
     "pixel_map": View(_or_else(_map_text, readable), _or_else(_map_html, html)),
 }

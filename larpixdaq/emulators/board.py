@@ -97,6 +97,8 @@ class EmulatedBoard:
         registers.clock = lambda: self._source.receipt
         self.commands = CommandServer(registers, transmit)
         self.crashed = False  # the command server
+        self.echo: zmq.Socket[bytes] | None = None  # repeats replies, and on revision 5 also requests
+        self._echoes_requests = registers.revision.echoes_requests
         self._reply = b""
         self._reply_due = float("inf")
         self._source = source
@@ -115,14 +117,25 @@ class EmulatedBoard:
         self._reopen_at: float | None = None  # while the data port is closed
         self._topics: set[bytes] = set()
 
-    def open(self, context: zmq.Context[Any], host: str, data_port: int, command_port: int) -> tuple[int, int]:
-        """Bind both sockets (port 0: any free port) and return their ports. Raises ConfigError for a busy port."""
+    def open(
+        self, context: zmq.Context[Any], host: str, data_port: int, command_port: int, echo_port: int | None = None
+    ) -> dict[str, int]:
+        """Bind the sockets (port 0: any free port) and return their ports by name. Raises ConfigError for a busy port.
+
+        `echo_port`: where the command server repeats its replies; None: nowhere.
+        """
         self._context = context
         self.command = context.socket(zmq.REP)
         self._open_data()
         port = self._bind(self.data, "data", f"tcp://{host}:{data_port}")
         self._data_address = f"tcp://{host}:{port}"
-        return port, self._bind(self.command, "command", f"tcp://{host}:{command_port}")
+        command_port = self._bind(self.command, "command", f"tcp://{host}:{command_port}")
+        self._command_address = f"tcp://{host}:{command_port}"
+        ports = {"data": port, "command": command_port}
+        if echo_port is not None:
+            self.echo = context.socket(zmq.PUB)
+            ports["echo"] = self._bind(self.echo, "echo", f"tcp://{host}:{echo_port}")
+        return ports
 
     def _open_data(self) -> None:
         self.data = self._context.socket(zmq.XPUB)
@@ -152,9 +165,11 @@ class EmulatedBoard:
         return self.sent | full | crashed | (self._faults.counts if self._faults else {})
 
     def close(self, linger: int) -> None:
-        """Close both sockets. Queued data are sent for `linger` ms, replies are discarded."""
+        """Close the sockets. Queued data are sent for `linger` ms, replies are discarded."""
         self.data.close(linger=linger)
         self.command.close(linger=0)
+        if self.echo is not None:
+            self.echo.close(linger=0)
 
     @property
     def subscribed(self) -> bool:
@@ -175,9 +190,11 @@ class EmulatedBoard:
 
     def serve_request(self) -> None:
         """Serve one request on the command channel. If the server sleeps before its reply, `reply()` sends it later."""
-        parts = self.command.recv_multipart()
+        request = b"".join(self.command.recv_multipart())
+        if self.echo is not None and self._echoes_requests:
+            self.echo.send(request)
         try:
-            self._reply = self.commands.answer(b"".join(parts))
+            self._reply = self.commands.answer(request)
         except ServerCrashError as error:
             print(f"larpixdaq-emulator: io_group {self.io_group}: command server crashed: {error}", file=sys.stderr)
             self.crashed = True
@@ -193,6 +210,8 @@ class EmulatedBoard:
             return wait
         self._reply_due = float("inf")
         self.command.send(self._reply)
+        if self.echo is not None:
+            self.echo.send(self._reply)
         return self._reply_due
 
     def turn(self, now: float) -> float:
@@ -232,6 +251,16 @@ class EmulatedBoard:
         if plan.restart is not None and age >= plan.restart:
             faults.plan = plan = plan._replace(restart=None)
             self._source.restart()
+        if plan.reboot and age >= plan.reboot[0]:
+            self._reopen_at = now + plan.reboot[1]
+            faults.plan = plan = plan._replace(reboot=None)
+            faults.skip(self._spans)
+            self._spans = self._spans[:0]
+            self._reply_due = float("inf")
+            self.data.close(linger=LINGER)
+            self.command.close(linger=0)
+            self.commands.registers.restart()
+            self._source.restart()
         if plan.disconnect and age >= plan.disconnect[0]:
             self._reopen_at = now + plan.disconnect[1]
             faults.plan = plan._replace(disconnect=None)
@@ -240,7 +269,7 @@ class EmulatedBoard:
             self.data.close(linger=LINGER)
         if self._reopen_at is None:
             return 0.0
-        if now >= self._reopen_at and self._reopen_data():
+        if now >= self._reopen_at and self._reopen_command() and self._reopen_data():
             self._reopen_at = None
             return 0.0
         if self._pace and not self._make(now):  # the chips continue to send
@@ -248,6 +277,17 @@ class EmulatedBoard:
             self._spans = self._spans[:0]
             self.finished = self._remaining == 0
         return TURN
+
+    def _reopen_command(self) -> bool:
+        if self.crashed or not self.command.closed:
+            return True
+        self.command = self._context.socket(zmq.REP)
+        try:
+            self.command.bind(self._command_address)
+        except zmq.ZMQError:  # the port is not free yet: the next turn tries again
+            self.command.close(linger=0)
+            return False
+        return True
 
     def _reopen_data(self) -> bool:
         self._topics.clear()
@@ -320,6 +360,9 @@ class FaultPlan(NamedTuple):
     jump: tuple[float, float] | None = None
     #: Restart both clocks.
     restart: float | None = None
+    #: Restart the board at the first time: both ports are closed for the second number of seconds, and registers and
+    #: clocks begin anew.
+    reboot: tuple[float, float] | None = None
 
 
 class Faults:

@@ -53,9 +53,10 @@ class ServerCrashError(Exception):
 class BoardRegisters:
     """All registers of a board by address, and their effects on supplies, lines and resets.
 
-    `chips`: number on each tile, for the currents. `inverted`: the tiles' lines are inverted. `slow_read`: seconds that
-    replace the revision's. `on_change(register, old, new)` is called after each write to a register that exists.
-    `clock()` returns the board's clock in ticks.
+    `chips`: number on each tile, for the currents. `overload`: further mA that both supplies of a tile, from 0, draw at
+    1.8 V. `inverted`: the tiles' lines are inverted. `slow_read`: seconds that replace the revision's.
+    `on_change(register, old, new)` is called after each write to a register that exists. `clock()` returns the board's
+    clock in ticks.
     """
 
     def __init__(
@@ -65,19 +66,34 @@ class BoardRegisters:
         chips: list[int] | None = None,
         inverted: bool = False,
         slow_read: float | None = None,
+        overload: dict[int, float] | None = None,
     ) -> None:
         self.revision = revision
+        self._overload = overload or {}
         self.on_change: Callable[[int, int, int], None] = lambda register, old, new: None
         self.clock: Callable[[], int] = lambda: 0
         self._chips = [*(chips or []), *[0] * revision.tiles][: revision.tiles]
         self._inverted = 0b11 if inverted else 0
         self._slow_read = revision.slow_read if slow_read is None else slow_read
         self._uart_banks = range(UARTS + BANK, min(UARTS + BANK * (revision.uarts + 1), I2C), BANK)
+        self._constants = {CLOCK_STATUS: _CLOCK_GOOD} | revision.constants
+        self._restore()
+
+    def _restore(self) -> None:
+        """Set all registers to their values at power-up."""
+        revision = self.revision
         self._fpga = {bank + offset: 0 for bank in (0, BANK, UARTS, *self._uart_banks) for offset in _WRITABLE}
         self._fpga |= _DEFAULTS | {bank + CLOCK_RATIO: revision.uart_ratio for bank in self._uart_banks}
-        self._constants = {CLOCK_STATUS: _CLOCK_GOOD} | revision.constants
         self._dacs = {rail: 0 for rails in revision.dacs.values() for rail in rails}
         self._scratch = dict.fromkeys(revision.scratch, 0)
+
+    def restart(self) -> None:
+        """Set all registers to their values at power-up, with their effects on the chips."""
+        old = self._fpga
+        self._restore()
+        for register, value in self._fpga.items():
+            if value != old[register]:
+                self.on_change(register, old[register], value)
 
     def __getitem__(self, register: int) -> int:
         """Value of a writable register of the FPGA; 0 for registers that this board does not have."""
@@ -105,7 +121,8 @@ class BoardRegisters:
         if address in self.revision.monitors:
             rail, encode, _ = self.revision.monitors[address]
             volts = self.volts(rail)
-            return encode(1000 * volts, self._chips[rail.tile] * _CURRENT[rail.name] * volts / 1.8)
+            ma = self._chips[rail.tile] * _CURRENT[rail.name] + self._overload.get(rail.tile, 0.0)
+            return encode(1000 * volts, ma * volts / 1.8)
         return 0
 
     def read_seconds(self, register: int) -> float:

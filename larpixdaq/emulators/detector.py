@@ -306,7 +306,13 @@ def make_noise(args: argparse.Namespace, io_group: int) -> Noise:
 
 def make_registers(args: argparse.Namespace, revision: EmulatedRevision, chips: EmulatedChips) -> BoardRegisters:
     """Make the registers of a PACMAN with these chips."""
-    registers = BoardRegisters(revision, chips=chips.chips_per_tile(), inverted=args.inverted, slow_read=args.slow_read)
+    registers = BoardRegisters(
+        revision,
+        chips=chips.chips_per_tile(),
+        inverted=args.inverted,
+        slow_read=args.slow_read,
+        overload=args.overload,
+    )
     if args.power_on:
         registers.switch_on(chips.equipped_tiles, SUPPLIES[chips.asic].usual, TICKS_PER_BIT[chips.asic])
     return registers

@@ -66,6 +66,7 @@ class Noise:
         self._threshold = np.zeros(shape)
         self._scale = np.zeros((shape[0], 2))  # ADC: mV at 0, counts per mV
         self._periods = np.zeros(shape[0], np.int64)  # ticks between periodic triggers, 0: none
+        self._rolling = np.zeros(shape[0], np.bool_)  # a periodic trigger samples one channel, in turn
         self._masks = {name: np.ones(shape, np.bool_) for name in ("periodic", "external", "cross", "pulse")}
         self.share = np.ones(shape[0])
         self._cumulative_rates = np.zeros(1)
@@ -100,6 +101,10 @@ class Noise:
         noise_rates = MAX_RATE * np.exp(-(np.maximum(distance / channels.noise[changed], 0.0) ** 2) / 2)
         leakage = channels.leakage[changed]
         reset_period = value("periodic_reset_cycles")[:, None] / TICKS
+        # a rolling reset resets one channel, in turn
+        reset_period = np.where(
+            value("enable_rolling_periodic_reset")[:, None] > 0, reset_period * self._channels_per_chip, reset_period
+        )
         reset_in_time = value("enable_periodic_reset").astype(np.bool_)[:, None] & (leakage * reset_period < distance)
         leakage_rates = np.where(reset_in_time, 0.0, leakage / np.maximum(distance, 1.0))
         triggering = on & ~flags("channel_mask", 0)
@@ -111,6 +116,7 @@ class Noise:
         self._scale[changed, 1] = self._adc_counts / np.maximum(high - low, 1.0)
         cycles = value("periodic_trigger_cycles")
         self._periods[changed] = np.where(value("enable_periodic_trigger") > 0, cycles, 0)
+        self._rolling[changed] = value("enable_rolling_periodic_trigger") > 0
         self._masks["periodic"][changed] = flags("periodic_trigger_mask", 1) | ~on
         self._masks["external"][changed] = flags("external_trigger_mask", 1) | ~on
         cross_trigger = value("enable_cross_trigger").astype(np.bool_)[:, None]
@@ -181,14 +187,21 @@ class Noise:
         (chips,) = np.nonzero(self._periods)
         periods = self._periods[chips]
         triggers = end // periods - start // periods
-        hits = triggers * (~self._masks["periodic"][chips]).sum(1)
+        enabled = (~self._masks["periodic"][chips]).sum(1)
+        hits = triggers * np.where(self._rolling[chips], np.minimum(enabled, 1), enabled)
         fit = np.cumsum(hits) <= limit
         excess = int(hits[~fit].sum())
         chips, periods, triggers = chips[fit], periods[fit], triggers[fit]
         chip = np.repeat(chips, triggers)
         nth = np.arange(len(chip)) - np.repeat(np.cumsum(triggers) - triggers, triggers)
         ticks = (np.repeat(start // periods, triggers) + 1 + nth) * np.repeat(periods, triggers)
-        event, channel = np.nonzero(~self._masks["periodic"][chip])
+        rolling = self._rolling[chip]
+        whole, one = np.flatnonzero(~rolling), np.flatnonzero(rolling)
+        event, channel = np.nonzero(~self._masks["periodic"][chip[whole]])
+        turn = ticks[one] // np.repeat(periods, triggers)[one] % self._channels_per_chip
+        taken = ~self._masks["periodic"][chip[one], turn]
+        event = np.concatenate([whole[event], one[taken]])
+        channel = np.concatenate([channel, turn[taken]])
         return self._sample(chip[event], channel, ticks[event], PERIODIC), excess
 
     def _cross(self, natural: NDArray[Any]) -> NDArray[Any]:

@@ -47,6 +47,8 @@ CLOCK_START = 2**31 - 20_000_000
 SATURATED_RATE = 2_420_000.0
 #: Maximum seconds of --slow-read.
 MAX_SLOW_READ: Final = 60.0
+#: Maximum mA of --overload.
+MAX_OVERLOAD: Final = 20_000.0
 #: Range of the words/s of a board.
 LOWEST_RATE: Final = 10.0
 HIGHEST_RATE: Final = 1e9
@@ -144,6 +146,16 @@ def _time_and_seconds(text: str) -> tuple[float, float]:
     return float(at), float(seconds)
 
 
+def _tiles_and_ma(text: str) -> dict[int, float]:
+    overload = {}
+    for part in text.split(","):
+        tile, colon, ma = part.partition(":")
+        if not colon or not tile.isdecimal() or not 0 <= float(ma) <= MAX_OVERLOAD:
+            raise argparse.ArgumentTypeError(f"expected TILE:MA,... with up to {MAX_OVERLOAD:g} mA, found {text}")
+        overload[int(tile)] = float(ma)
+    return overload
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--io-groups", type=parse_whole, default=1, metavar="N", help="boards, io_groups 1 to N (default 1)")
@@ -200,6 +212,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--away", **event, help="after AT seconds close the data port for SECONDS")
     add("--jump", **event, help="after AT seconds move the clock for the headers by SECONDS")
     add("--restart", type=float, metavar="AT", help="after AT seconds restart both clocks, as after a reset")
+    add(
+        "--reboot",
+        **event,
+        help="after AT seconds restart the board, whose ports are closed for SECONDS: its tiles have no power then, "
+        "and all registers their values at power-up (with --chips)",
+    )
+    add(
+        "--overload",
+        type=_tiles_and_ma,
+        default={},
+        metavar="TILE:MA,...",
+        help="tiles (from 0) of each board that draw so many mA too much of both supplies, at 1.8 V (with --chips)",
+    )
     add("--pps", action="store_true", help="reset the board's clock each second, as with an external sync")
     add(
         "--lossless",
@@ -228,6 +253,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{name} ports, one per io_group, or that of the first io_group, with the others {PORT_STEP} apart; "
             f"0: any free port (default {default})",
         )
+    add(
+        "--echo-port",
+        type=partial(parse_whole, low=0, high=65_535),
+        nargs="+",
+        metavar="P",
+        help="ports on which the command servers repeat their replies, as --command-port; a PACMAN uses 5554 (default: "
+        "none)",
+    )
     detector.add_arguments(parser)
 
 
@@ -251,6 +284,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--chips determines the packets: no --replay, no --odd, no --fifo-full")
     if args.slow_read is not None and not 0 <= args.slow_read <= MAX_SLOW_READ:
         raise UsageError(f"--slow-read: expected 0 to {MAX_SLOW_READ:g} seconds, found {args.slow_read}")
+    for name in ("reboot", "overload"):
+        if getattr(args, name) and args.chips is None:
+            raise UsageError(f"--{name} goes with --chips")
     args.detector = detector.check_arguments(args)
     revision = revisions.REVISIONS[args.revision]
     if args.inverted and not (args.chips and revision.inversion):
@@ -274,7 +310,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.replay and (args.jump or args.restart is not None):
         raise UsageError("--replay sends the recorded messages with their times: no --jump, no --restart")
-    for name, ports in (("--data-port", args.data_port), ("--command-port", args.command_port)):
+    named = ("--data-port", args.data_port), ("--command-port", args.command_port), ("--echo-port", args.echo_port)
+    for name, ports in named:
+        if ports is None:
+            continue
         if len(ports) not in (1, n):
             raise UsageError(f"{name}: expected 1 port or {n}, one per io_group, found {len(ports)}")
         if len(ports) == 1 and ports[0] + PORT_STEP * (n - 1) > 65_535:
@@ -284,8 +323,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 def listening_ports(args: argparse.Namespace) -> list[int]:
     """Return the ports that the options name. Those of further boards are known only if --chips is no file."""
     is_file = args.chips is not None and not args.chips.isdigit()
-    both = args.data_port, args.command_port
-    return [port for ports in both for port in _ports(ports, len(ports) if is_file else args.io_groups) if port]
+    every = args.data_port, args.command_port, args.echo_port or []
+    return [
+        port for ports in every if ports for port in _ports(ports, len(ports) if is_file else args.io_groups) if port
+    ]
 
 
 def _ports(ports: list[int], n: int) -> list[int]:
@@ -313,7 +354,7 @@ def _message_source(args: argparse.Namespace, io_group: int) -> MessageSource:
 
 
 def _board(args: argparse.Namespace, io_group: int) -> EmulatedBoard:
-    plan = FaultPlan(args.skip, args.double, args.lie, args.away, args.jump, args.restart)
+    plan = FaultPlan(args.skip, args.double, args.lie, args.away, args.jump, args.restart, args.reboot)
     options: dict[str, Any] = {
         "per_message": args.words_per_message,
         "lossless": args.lossless,
@@ -349,13 +390,14 @@ def run(args: argparse.Namespace) -> None:
         boards: list[EmulatedBoard] = []
         data = _ports(args.data_port, len(args.groups))
         command = _ports(args.command_port, len(args.groups))
+        no_echo: list[int | None] = [None] * len(args.groups)
+        echo = no_echo if args.echo_port is None else _ports(args.echo_port, len(args.groups))
         ready = {}
-        for io_group, data_port, command_port in zip(args.groups, data, command, strict=True):
+        for io_group, data_port, command_port, echo_port in zip(args.groups, data, command, echo, strict=True):
             board = _board(args, io_group)
             boards.append(board)
             stack.callback(board.close, linger=LINGER * 1000)
-            bound = board.open(context, args.address, data_port, command_port)
-            ready[str(io_group)] = dict(zip(("data", "command"), bound, strict=True))
+            ready[str(io_group)] = board.open(context, args.address, data_port, command_port, echo_port)
         if args.truth:
             noises = {board.io_group: board.tile.noise for board in boards if isinstance(board, TileBoard)}
             args.detector.write_truth(args.truth, noises)

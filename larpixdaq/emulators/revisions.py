@@ -60,6 +60,8 @@ class EmulatedRevision:
     #: Register 0x101C divides the chips' clock, and masks resets by tile.
     divider: bool = True
     reset_mask: bool = False
+    #: The command server repeats requests on its echo port, beside replies.
+    echoes_requests: bool = False
     #: UARTs can invert their lines.
     inversion: bool = True
     #: Bits of register 0x10 that enable the chips' clocks; without any of them no chip has a clock. 0: always enabled.
@@ -185,6 +187,7 @@ def _rev5() -> EmulatedRevision:
         constants={0x24220: 5, 0x24221: 2},
         masked=True,
         slow_read=0.01,
+        echoes_requests=True,
         receivers=0x201C,
         receiver_on=0,
         reset_mask=True,

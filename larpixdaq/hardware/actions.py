@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from larpixdaq.errors import RequestError, misuse
 from larpixdaq.hardware import network_bringup
 from larpixdaq.hardware.board_commands import NO_REVISION, BoardOrders
+from larpixdaq.hardware.board_setup import RegisterActions
 from larpixdaq.hardware.chip_state import ChipState, short_list
 from larpixdaq.hardware.pacman_registers import (
     CLOCK,
@@ -32,9 +33,13 @@ from larpixdaq.hardware.pacman_registers import (
     values_in,
 )
 from larpixdaq.hardware.pixel_layout import LoadedLayout
-from larpixdaq.hardware.power import Progress
+from larpixdaq.hardware.power import Dacs, Progress
+from larpixdaq.hardware.power_up import PowerActions, power_report, report_text
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.hardware.register_io import RegisterAnswers, RegisterExchange
+from larpixdaq.hardware.routine_arguments import check_number as check_number
+from larpixdaq.hardware.routine_arguments import check_numbers as check_numbers
+from larpixdaq.protocol import hardware
 
 #: Registers of a PACMAN that board_status reads in one request.
 _STATUS: Final = (
@@ -57,7 +62,9 @@ def act(chips: ChipState, action: str, params: dict[str, Any], progress: Progres
     """Carry out an action, one of constants.HARDWARE_ACTIONS, with these arguments by name. Returns its result."""
     groups = (
         ChipActions(chips, progress),
-        BoardActions(chips.link, chips.invalidate, progress),
+        BoardActions(chips.link, chips.invalidate, progress, chips.dacs),
+        RegisterActions(chips.link, chips.invalidate, chips.dacs),
+        PowerActions(chips.link, chips.invalidate, progress, chips.dacs),
         LayoutActions(chips.layout),
     )
     method = next(getattr(actions, action) for actions in groups if hasattr(actions, action))
@@ -69,29 +76,19 @@ def act(chips: ChipState, action: str, params: dict[str, Any], progress: Progres
     return method(*bound.args, **bound.kwargs)
 
 
-def check_number(what: str, value: Any, low: int, high: int) -> int:
-    """Check that an argument is a whole number from `low` to `high`; RequestError if not."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        expected = f"a whole number from {low} to {high}" if low < high else f"{low}"
-        raise RequestError(f"{what}: expected {expected}, found {value!r:.100}")
-    return value
-
-
-def check_numbers(what: str, value: Any, low: int, high: int) -> list[int]:
-    """Check that an argument is a whole number from `low` to `high` or a list of them; returns each number once."""
-    numbers = value if isinstance(value, list) else [value]
-    if not numbers:
-        raise RequestError(f"{what}: expected one or more whole numbers, found none")
-    return list(dict.fromkeys(check_number(what, number, low, high) for number in numbers))
-
-
 class BoardActions:
     """The actions on boards. `io_group`: a number, a list of numbers, or None for all boards."""
 
-    def __init__(self, link: ProducerPipe, invalidate: Callable[[list[int]], None], progress: Progress) -> None:
-        """`invalidate` as in BoardOrders."""
+    def __init__(
+        self,
+        link: ProducerPipe,
+        invalidate: Callable[[list[int]], None],
+        progress: Progress,
+        dacs: Dacs | None = None,
+    ) -> None:
+        """`invalidate` and `dacs` as in BoardOrders."""
         self._link, self._invalidate, self._progress = link, invalidate, progress
-        self.orders = BoardOrders(link, invalidate)
+        self.orders = BoardOrders(link, invalidate, dacs)
 
     def ping(self, io_group: Any = None) -> dict[str, Any]:
         answers = self.orders.ask_pings(io_group)
@@ -157,6 +154,7 @@ class BoardActions:
             "tiles": [tile for tile in range(tiles.bit_length()) if tiles >> tile & 1],
             "analog_power": bool(value[POWER] & 1),
             "supplies": [],
+            "uncertain": sorted(revision.uncertain) if revision is not None and tiles else [],
             "doubts": [*doubts, *(revision.doubts if revision is not None and tiles else ())],
         }
 
@@ -189,7 +187,14 @@ class BoardActions:
                     continue
                 monitors_of = revisions[group].monitors().items()
                 row = {name: m.convert(value) for (name, m), value in zip(monitors_of, values_in(answer), strict=True)}
-                statuses[group]["supplies"].append({"tile": statuses[group]["tiles"][position]} | row)
+                tile = statuses[group]["tiles"][position]
+                dacs = {f"{name}_dac": self.orders.dacs.get((group, tile, name)) for name in revisions[group].supplies}
+                known = {name: dac for name, dac in dacs.items() if dac is not None}
+                statuses[group]["supplies"].append({"tile": tile, **known, **row})
+        for group, revision in revisions.items():
+            rows = [{"io_group": group, "state": "on", **row} for row in statuses[group]["supplies"]]
+            report = power_report(group, revision, rows)
+            self._link.send(hardware.PowerReport(group, report_text(report)))
 
     def power(
         self,

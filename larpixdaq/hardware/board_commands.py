@@ -14,23 +14,26 @@ from typing import Any, Final
 
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware.pacman_registers import (
+    BANK,
     CLOCK_CONTROL,
     I2C,
     MAP_VERSION,
     PING,
     POWER,
-    READABLE,
     RESET_BIT,
     RESET_CYCLES,
+    REVISION_5_WITH_32,
     REVISIONS,
     TILES,
+    TRIGGER_BANK,
     PacmanRevision,
+    fault_of,
     read,
     uart,
     values_in,
     write,
 )
-from larpixdaq.hardware.power import SETTLING, Progress, TilePower, no_progress
+from larpixdaq.hardware.power import SETTLING, Dacs, Progress, TilePower, no_progress
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.schema import Asic
 
@@ -58,13 +61,16 @@ _KEEP: Final = {Asic.V2: (0, 24, 256), Asic.V2_DIAGNOSTICS: (0, 24, 256), Asic.V
 class BoardOrders:
     """Orders to boards, beside words for chips. BoardError names the board and the reason of the failure."""
 
-    def __init__(self, link: ProducerPipe, invalidate: Callable[[list[int]], None]) -> None:
-        """`invalidate` is called with io_groups before their chips are reset or their power is switched."""
+    def __init__(self, link: ProducerPipe, invalidate: Callable[[list[int]], None], dacs: Dacs | None = None) -> None:
+        """`invalidate` is called with io_groups before their chips are reset or their power is switched. `dacs` gets
+        the DAC settings that are sent."""
         self._link = link
         self._invalidate = invalidate
+        self.dacs: Dacs = {} if dacs is None else dacs
         self.kinds = {board.io_group: board.kind for board in link.setup.boards if board.kind}
         self.names = {board.io_group: board.name for board in link.setup.boards}
         self._revisions = {board.io_group: board.revision for board in link.setup.boards}
+        self._uarts = {board.io_group: board.uarts for board in link.setup.boards}
 
     def groups(self, requested: Any = None) -> list[int]:
         """Return io_groups: None (all), a number, or a list. RequestError for a board that takes no commands."""
@@ -125,6 +131,8 @@ class BoardOrders:
                 f"{self.names[io_group]}: its revision is {number} by --pacman-revision, but its register "
                 f"0x{MAP_VERSION:x} reads {map_version}: 5 on servers of revision 5, 0 on all others"
             )
+        if (number or map_version) == 5 and self._uarts[io_group] == 32:
+            return REVISION_5_WITH_32
         return REVISIONS.get(number or map_version)
 
     def known_revision(self, io_group: int) -> PacmanRevision:
@@ -137,20 +145,21 @@ class BoardOrders:
     def io_channels(self, io_group: int, requested: list[int] | None) -> list[int]:
         """Return io_channels of a PACMAN (None: all); RequestError for an io_channel whose UART has no registers."""
         revision = self.revision(io_group)
-        maximum = _CHANNELS if revision is None else revision.uarts
+        known = range(1, _CHANNELS + 1) if revision is None else revision.io_channels
         if requested is None:
             if revision is None:
                 raise RequestError(
                     f"{self.names[io_group]}: its revision is not known, and neither is the number of its io_channels: "
                     f"name them, or start the producer with --pacman-revision {io_group}=N, N from 2 to 5"
                 )
-            return list(range(1, maximum + 1))
+            return list(known)
         for io_channel in requested:
-            if io_channel > maximum:
+            if io_channel not in known:
                 suffix = "" if revision is None else f" of revision {revision.number}"
+                without = "" if len(known) == known[-1] else ", without 12, 16, 20 and so on"
                 raise RequestError(
-                    f"{self.names[io_group]}: io_channel: boards{suffix} have UART registers of 1 to {maximum}, "
-                    f"found {io_channel}"
+                    f"{self.names[io_group]}: io_channel: boards{suffix} have UART registers of 1 to {known[-1]}"
+                    f"{without}, found {io_channel}"
                 )
         return requested
 
@@ -166,11 +175,9 @@ class BoardOrders:
         return self._each(io_group, lambda group: self._set_reg(group, reg, val))
 
     def _set_reg(self, io_group: int, register: int, value: int) -> None:
-        if register >= I2C:
-            end = self.known_revision(io_group).end
-            self._check_register(io_group, register, end)
-        if register >= I2C or register in (TILES, POWER) or (register == CLOCK_CONTROL and value & RESET_BIT):
-            self._invalidate([io_group])
+        revision = self.known_revision(io_group) if register >= I2C else self._revision_for(io_group, register)
+        self.check_register(io_group, register, revision, writing=True)
+        self.forget_chips(io_group, register, value)
         self.values(io_group, [write(register, value)])
 
     def get_reg(self, reg: int, io_group: int | None = None) -> Any:
@@ -178,19 +185,26 @@ class BoardOrders:
         return self._each(io_group, lambda group: self._get_reg(group, reg))
 
     def _get_reg(self, io_group: int, register: int) -> int:
-        seconds = 0.0
-        if register >= I2C:
-            revision = self.revision(io_group)
-            self._check_register(io_group, register, READABLE if revision is None else revision.end)
-            seconds = 0.0 if revision is None else revision.seconds(register)
+        revision = self._revision_for(io_group, register)
+        self.check_register(io_group, register, revision)
+        seconds = revision.seconds(register) if revision is not None and register >= I2C else 0.0
         return self.values(io_group, [read(register)], seconds)[0]
 
-    def _check_register(self, io_group: int, register: int, end: int) -> None:
-        if register >= end:
-            raise RequestError(
-                f"{self.names[io_group]}: register 0x{register:x}: the board's registers end at 0x{end - 1:x}; "
-                "a request beyond can crash its server"
-            )
+    def _revision_for(self, io_group: int, register: int) -> PacmanRevision | None:
+        """Return the register map, if known, for a register that not all boards have; None for others."""
+        return self.revision(io_group) if register >= TRIGGER_BANK + BANK * (REVISIONS[2].io_channels[-1] + 1) else None
+
+    def check_register(
+        self, io_group: int, register: int, revision: PacmanRevision | None, *, writing: bool = False
+    ) -> None:
+        """Raise RequestError for a register that must not be read or written (pacman_registers.fault_of)."""
+        if fault := fault_of(register, revision, writing=writing):
+            raise RequestError(f"{self.names[io_group]}: register 0x{register:x}: {fault}")
+
+    def forget_chips(self, io_group: int, register: int, value: int) -> None:
+        """Invalidate what is known of the board's chips, if this write may reset them or switch their power."""
+        if register >= I2C or register in (TILES, POWER) or (register == CLOCK_CONTROL and value & RESET_BIT):
+            self._invalidate([io_group])
 
     def ping(self, io_group: int | None = None) -> Any:
         """Return whether the board answers."""
@@ -260,7 +274,11 @@ class BoardOrders:
         revision = None
         with contextlib.suppress(BoardError) if off else contextlib.nullcontext():
             revision = self.known_revision(io_group) if supplies else self.revision(io_group)
-        return TilePower(partial(self.values, io_group), self.names[io_group], revision, progress)
+
+        def sent(tile: int, supply: str, dac: int) -> None:
+            self.dacs[io_group, tile, supply] = dac
+
+        return TilePower(partial(self.values, io_group), self.names[io_group], revision, progress, sent)
 
     def enable_tile(self, tile_indices: Any = None, io_group: int | None = None) -> Any:
         """Switch tiles on (index, list of indices from 0, None: all). Returns the mask of the tiles that are on."""
@@ -284,7 +302,9 @@ class BoardOrders:
 
     def set_ratios(self, io_group: int, channels: list[int], ratio: int) -> dict[int, int]:
         """Set the clock ticks per bit of checked io_channels; BoardError if a register reads back another value."""
-        orders = [order for register in map(uart, channels) for order in (write(register, ratio), read(register))]
+        revision = self.revision(io_group)
+        registers = [uart(channel, revision=revision) for channel in channels]
+        orders = [order for register in registers for order in (write(register, ratio), read(register))]
         readings = dict(zip(channels, self.values(io_group, orders)[1::2], strict=True))
         wrong = [f"{channel} ({value})" for channel, value in readings.items() if value != ratio]
         if wrong:
@@ -302,9 +322,14 @@ class BoardOrders:
         }
         pacmans = {io_group for io_group, _ in lines if self.kinds.get(io_group) == "pacman"}
         for io_group in sorted(pacmans):
-            uarts = {line: read(uart(line[1])) for line in capacities if line[0] == io_group and uart(line[1]) < I2C}
-            map_version, *ratios = self.values(io_group, [read(MAP_VERSION), *uarts.values()])
-            revision = self.revision_of(io_group, map_version)
+            revision = self.revision(io_group)
+            known = range(1, _CHANNELS + 1) if revision is None else revision.io_channels
+            uarts = {
+                line: read(uart(line[1], revision=revision))
+                for line in capacities
+                if line[0] == io_group and line[1] in known
+            }
+            ratios = self.values(io_group, uarts.values())
             clock = None if revision is None else revision.uart_clock
             for line, ratio in zip(uarts, ratios, strict=True):
                 capacities[line] = bits_a_second(ratio, clock) / BITS

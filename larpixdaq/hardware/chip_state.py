@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware import network_bringup
 from larpixdaq.hardware.pixel_layout import LoadedLayout
+from larpixdaq.hardware.power import Dacs
 from larpixdaq.hardware.producer_link import ProducerPipe
 from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.protocol import hardware
@@ -48,6 +49,8 @@ class ChipState:
         #: io_groups of the boards that take commands.
         self.io_groups = [board.io_group for board in link.setup.boards if board.kind]
         self.layout = LoadedLayout(link.setup.pixel_layout)
+        #: DAC settings that this process has sent to boards.
+        self.dacs: Dacs = {}
         self._forget_chips()
 
     def _forget_chips(self) -> None:

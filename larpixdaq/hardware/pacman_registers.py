@@ -8,8 +8,8 @@ larpix/pacman (v1.2, v1.3, v1.4) and mulhearn/pacman-server (2.1), and the labs'
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from larpixdaq.errors import RequestError
@@ -21,7 +21,19 @@ PING: Final = b"P" + bytes(15)
 # Registers of the FPGA, the same on all boards.
 TILES, POWER = 0x10, 0x14
 CLOCK_STATUS, CLOCK, CLOCK_CONTROL, RESET_CYCLES, HEARTBEAT_CYCLES = 0x1000, 0x1004, 0x1010, 0x1014, 0x1018
+TRIGGER_CONTROL, TRIGGER_MASK, TRIGGER_CYCLES = 0x2010, 0x2014, 0x2018
 RESET_BIT: Final = 4
+#: Bytes of a bank of FPGA registers, of which the first 16 bytes are read-only and the next 16 writable, in steps of 4.
+#: The UART of io_channel n has the bank n above the bank of the triggers.
+BANK: Final = 0x1000
+TRIGGER_BANK: Final = 0x2000
+_WRITABLE: Final = range(0x10, 0x20)
+#: Number of io_channels whose UART registers are no DAC registers in any revision of PACMAN.
+_CHANNELS: Final = 32
+#: Writable registers of a UART: offsets in its bank by name.
+UART: Final = {"clock_ratio": 0x10, "tx_phase": 0x14, "rx_phase": 0x18, "inversion": 0x1C}
+#: Bits of a UART's inversion: the line to the chips (POSI), the line from the chips (PISO).
+INVERTED: Final = 0b11
 #: All bits of TILES that can switch a tile or its clock.
 TILE_BITS: Final = 0x3FF
 #: Register that reads 894 with module-2 firmware, a build for rev4 in which the clocks of tiles and the receivers of
@@ -31,6 +43,8 @@ MODULE_2: Final = 894
 #: Bits of TILES that switch its clocks, and its register with a receiver bit for each io_channel.
 MODULE_2_CLOCKS: Final = 0x300
 MODULE_2_CHANNELS: Final = 0x18
+#: Register of revision 5 in which bit C - 1 switches the receiver of io_channel C off.
+RECEIVERS_OFF: Final = 0x201C
 
 #: First address of the board's I2C window. Lower addresses are registers of the FPGA.
 I2C: Final = 0x24000
@@ -70,8 +84,9 @@ class Supply(NamedTuple):
 class PacmanRevision:
     number: int
     tiles: int
-    #: Number of io_channels with UART registers. (Those of io_channels 34 to 40 of rev5 would be in the I2C window.)
-    uarts: int
+    #: io_channels whose UARTs have registers, in the order of their UARTs, which count from 1. (Those of io_channels 34
+    #: to 40 of rev5 would be in the I2C window.)
+    io_channels: Sequence[int]
     #: First address at which a read or write crashes the server (rev3, rev4) or reaches other registers (rev5).
     end: int
     supplies: dict[str, Supply]
@@ -86,6 +101,8 @@ class PacmanRevision:
     tile_bits: int = TILE_BITS
     #: Register 0x14 switches the power of all tiles.
     analog_power: bool = True
+    #: UARTs can invert their lines, and register 0x101C divides the chips' clock.
+    inversion: bool = True
     #: Uncertainties of its numbers, a line each.
     doubts: tuple[str, ...] = ()
 
@@ -101,6 +118,15 @@ class PacmanRevision:
             for supply, supply_registers in self.supplies.items()
             for quantity, monitor in supply_registers.monitors.items()
         }
+
+    def uart(self, io_channel: int) -> int:
+        """Return the number of an io_channel's UART, from 1."""
+        return self.io_channels.index(io_channel) + 1
+
+    @property
+    def uncertain(self) -> set[str]:
+        """Names of the monitors about which there are doubts."""
+        return {name.strip() for doubt in self.doubts for name in doubt.partition(":")[0].split(",")}
 
     def seconds(self, register: int) -> float:
         """Return the seconds that the server sleeps in a read of this register."""
@@ -160,10 +186,11 @@ def _at(first: int, step: int, convert: Callable[[int], float], seconds: float =
 _REV2: Final = PacmanRevision(
     number=2,
     tiles=1,
-    uarts=4,
+    io_channels=range(1, 5),
     tile_bits=0xFF,  # higher bits select an analog monitor
     end=0x25000,
     analog_power=False,
+    inversion=False,
     supplies={
         "vdda": _supply((0x24011, 0), _at(0x24042, 0, _high_mv), ("ma", _at(0x24041, 0, _high_ma))),
         "vddd": _supply((0x24001, 0), _at(0x24032, 0, _high_mv), ("ma", _at(0x24031, 0, _high_ma))),
@@ -176,7 +203,7 @@ _REV2: Final = PacmanRevision(
 _REV3: Final = PacmanRevision(
     number=3,
     tiles=8,
-    uarts=32,
+    io_channels=range(1, 33),
     end=0x26000,
     supplies={
         "vdda": _supply(
@@ -196,7 +223,7 @@ _REV3: Final = PacmanRevision(
 _REV4: Final = PacmanRevision(
     number=4,
     tiles=8,
-    uarts=32,
+    io_channels=range(1, 33),
     end=0x25000,
     supplies={
         "vdda": _supply((0x24010, 1), _at(0x24030, 1, float), ("ma", _at(0x24050, 1, _idda_ma_4))),
@@ -213,7 +240,7 @@ _REV4: Final = PacmanRevision(
 _REV5: Final = PacmanRevision(
     number=5,
     tiles=10,
-    uarts=33,
+    io_channels=range(1, 34),
     end=0x25000,
     supplies={
         "vdda": _supply((0x24010, 1), _at(0x24030, 1, float, 0.01), ("ma", _at(0x24050, 1, _quarter, 0.01))),
@@ -228,6 +255,10 @@ _REV5: Final = PacmanRevision(
     ),
 )
 
+#: Revision 5 with the firmware that has 32 UARTs: four for each of the first two tiles, and three for each other tile,
+#: without the io_channels 12, 16, ..., 40.
+REVISION_5_WITH_32: Final = replace(_REV5, io_channels=[c for c in range(1, 41) if c <= 8 or c % 4])
+
 REVISIONS: Final = {revision.number: revision for revision in (_REV2, _REV3, _REV4, _REV5)}
 #: End of the smallest register map: lower addresses can be read on any board.
 READABLE: Final = min(revision.end for revision in REVISIONS.values())
@@ -240,9 +271,74 @@ def tile_mask(revision: PacmanRevision | None, firmware: int) -> int:
     return TILE_BITS & ~MODULE_2_CLOCKS if firmware == MODULE_2 else TILE_BITS
 
 
-def uart(io_channel: int) -> int:
-    """Return the address of the clock ratio of an io_channel's UART."""
-    return 0x2010 + 0x1000 * io_channel
+def uart(io_channel: int, name: str = "clock_ratio", revision: PacmanRevision | None = None) -> int:
+    """Return the address of a register (a name of UART) of an io_channel's UART.
+
+    `revision` None: io_channels have the numbers of their UARTs, as on all boards but REVISION_5_WITH_32.
+    """
+    number = io_channel if revision is None else revision.uart(io_channel)
+    return TRIGGER_BANK + BANK * number + UART[name]
+
+
+def names(revision: PacmanRevision | None, firmware: int) -> dict[str, int]:
+    """Return the addresses of a board's registers by name; without a revision, those that all boards have.
+
+    `firmware`: value of FIRMWARE. Monitors have the suffix `_raw`, because their values are not converted.
+    """
+    fpga = {"firmware_major": 0x0, "firmware_minor": 0x4, "firmware_build": 0x8, "firmware_debug": 0xC, "tiles": TILES}
+    if revision is None or revision.analog_power:
+        fpga["analog_power"] = POWER
+    if firmware == MODULE_2:
+        fpga["uart_receivers"] = MODULE_2_CHANNELS
+    elif revision is not None and revision.number == 5:
+        fpga["tile_sync"] = 0x18
+    fpga |= {"clock_status": CLOCK_STATUS, "clock_ticks": CLOCK, "clock_control": CLOCK_CONTROL}
+    fpga |= {"reset_cycles": RESET_CYCLES, "heartbeat_cycles": HEARTBEAT_CYCLES}
+    if revision is None or revision.inversion:
+        fpga["clock_divider"] = 0x101C
+    fpga |= {"trigger_control": TRIGGER_CONTROL, "trigger_mask": TRIGGER_MASK, "trigger_cycles": TRIGGER_CYCLES}
+    if revision is not None and revision.number == 5:
+        fpga["uart_receivers_off"] = RECEIVERS_OFF
+    for io_channel in (_REV2 if revision is None else revision).io_channels:
+        for name in UART:
+            if name != "inversion" or revision is None or revision.inversion:
+                fpga[f"uart_{io_channel}_{name}"] = uart(io_channel, name, revision)
+    i2c = {"map_version": MAP_VERSION}
+    if revision is not None:
+        for tile in range(revision.tiles):
+            for supply, registers in revision.supplies.items():
+                i2c[f"tile_{tile}_{supply}_dac"] = registers.dac.address(tile)
+                if registers.readback is not None:
+                    i2c[f"tile_{tile}_{supply}_dac_readback"] = registers.readback.address(tile)
+            for name, monitor in revision.monitors().items():
+                i2c[f"tile_{tile}_{name}_raw"] = monitor.register.address(tile)
+        i2c |= {f"{name}_raw": monitor.register.first for name, monitor in revision.board.items()}
+    return fpga | i2c
+
+
+def fault_of(register: int, revision: PacmanRevision | None, *, writing: bool) -> str | None:
+    """Return why a register must not be read or written; None if it may.
+
+    Addresses past the I2C window end the command server of rev3 and rev4, and nobody knows what a bank of the FPGA
+    without registers does. `revision` None: not known, and the strictest bounds count.
+    """
+    if register >= I2C:
+        end = READABLE if revision is None else revision.end
+        if register >= end:
+            return f"the board's registers end at 0x{end - 1:x}; a request beyond can crash its server"
+        if writing and revision is None:
+            return "it may set a DAC, and the board's revision is not known"
+        return None
+    if register & 3:
+        return f"registers of the FPGA are at multiples of 4, and this would be 0x{register & ~3:x}"
+    banks = TRIGGER_BANK + BANK * (1 + (_CHANNELS if revision is None else len(revision.io_channels)))
+    if register >= banks:
+        return (
+            f"the board's FPGA has no registers from 0x{banks:x} to 0x{I2C - 1:x}; the effect of a request is unknown"
+        )
+    if writing and register % BANK not in _WRITABLE:
+        return "it cannot be written: writable registers of a bank are at 0x10 to 0x1c"
+    return None
 
 
 def read(register: int) -> bytes:

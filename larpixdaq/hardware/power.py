@@ -7,7 +7,7 @@ where the board can do it (rev3). On other boards the measured voltage must fit 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from larpixdaq.errors import RequestError
@@ -37,24 +37,50 @@ _RAMPED: Final = ("vdda", "vddd")
 #: Tiles of a board without a known revision: the number that all revisions but rev2 have.
 _TILES: Final = 8
 
+#: Monitors that the server reads in less than this time (s) are checked after every step of a ramp, slower ones at as
+#: many steps as `_SLOW_CHECKS`.
+_FAST: Final = 0.02
+#: Attempts to switch a tile off after a failed ramp, and seconds between them.
+_ATTEMPTS: Final = 5
+_AGAIN: Final = 1.0
+_SLOW_CHECKS: Final = 4
+
 Progress = Callable[[str, int, int], None]
+#: Lowest and highest value of monitors by name, such as vdda_ma; None: any.
+Limits = Mapping[str, tuple[float | None, float | None]]
+#: DAC settings that were sent, by io_group, tile and supply.
+Dacs = dict[tuple[int, int, str], int]
 
 
 def no_progress(text: str, done: int, total: int) -> None:
     """Drop progress."""
 
 
+class RampError(BoardError):
+    """A ramp that was ended. `off`: the tile was switched off, by its register."""
+
+    def __init__(self, text: str, *, off: bool) -> None:
+        super().__init__(text)
+        self.off = off
+
+
 class TilePower:
     """The tiles of one board, numbered from 0. `revision` None: not known, so that supplies cannot be set."""
 
     def __init__(
-        self, exchange: Callable[..., list[int]], name: str, revision: PacmanRevision | None, progress: Progress
+        self,
+        exchange: Callable[..., list[int]],
+        name: str,
+        revision: PacmanRevision | None,
+        progress: Progress,
+        sent: Callable[[int, str, int], None] = lambda tile, supply, dac: None,
     ) -> None:
-        """`exchange(orders, seconds=0.0)`: BoardOrders.values() of this board."""
+        """`exchange(orders, seconds=0.0)`: BoardOrders.values() of this board. `sent` is called with DAC settings."""
         self._exchange = exchange
         self._name = name
         self._revision = revision
         self._progress = progress
+        self._sent = sent
         self.tiles = _TILES if revision is None else revision.tiles
 
     @property
@@ -98,6 +124,86 @@ class TilePower:
                     raise BoardError(f"{error}; and the tile cannot be switched off: {second_error}") from None
                 raise BoardError(f"{error}; the tile was switched off") from None
 
+    def ramp_up(self, tile: int, dacs: dict[str, int], limits: Limits) -> dict[str, float]:
+        """Switch a tile on with its supplies at 0 and raise them to `dacs`, checked on the way. Returns its monitors.
+
+        RampError if a monitor leaves its limits (the low one counts at the end), if a voltage does not fit its DAC
+        setting, or if the tile is off again. The tile is then switched off, with its DACs at 0, which the error says.
+        """
+        try:
+            for supply in _AT_ONCE:
+                self.set_dac(supply, tile, 0)
+            time.sleep(SETTLING)
+            self.enable([tile])
+            time.sleep(SETTLING)
+            reached: dict[str, int] = {}
+            for supply in _RAMPED:
+                steps = _steps(dacs[supply])
+                for number, dac in enumerate(steps, 1):
+                    self.set_dac(supply, tile, dac)
+                    reached[supply] = dac
+                    self._progress(f"tile {tile}: {supply} DAC {dac} of {dacs[supply]}", dac, dacs[supply])
+                    time.sleep(_STEP_SECONDS[supply])
+                    slow = number * _SLOW_CHECKS % len(steps) < _SLOW_CHECKS
+                    self._check(tile, reached, limits, slow=slow, final=False)
+            time.sleep(SETTLING)
+            return self._check(tile, reached, limits, slow=True, final=True)
+        except BoardError as error:
+            off, state = self._shut_down(tile)
+            raise RampError(f"{error}; {state}", off=off) from None
+
+    def _shut_down(self, tile: int) -> tuple[bool, str]:
+        """Switch a tile off and set its DACs to 0. Tries again for a while, because the board may be restarting.
+
+        Returns whether the tile is off, and what was achieved, as text.
+        """
+        problem = ""
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                time.sleep(_AGAIN)
+            try:
+                self.disable([tile])
+            except BoardError as error:
+                problem = str(error)
+                continue
+            try:
+                for supply in _AT_ONCE:
+                    self.set_dac(supply, tile, 0)
+            except BoardError:
+                return True, "the tile was switched off, but its DACs may keep their values"
+            return True, "the tile was switched off"
+        return False, f"and the tile cannot be switched off: {problem}"
+
+    def _check(self, tile: int, dacs: dict[str, int], limits: Limits, *, slow: bool, final: bool) -> dict[str, float]:
+        """Return the monitors of these supplies of a tile, without slow ones unless `slow`; BoardError as ramp_up()."""
+        monitors = {
+            f"{supply}_{quantity}": monitor
+            for supply in dacs
+            for quantity, monitor in self.known_revision.supplies[supply].monitors.items()
+            if slow or monitor.seconds < _FAST
+        }
+        orders = [read(TILES), *(read(monitor.register.address(tile)) for monitor in monitors.values())]
+        on, *values = self._exchange(orders, sum(monitor.seconds for monitor in monitors.values()))
+        if not on >> tile & 1:
+            raise BoardError(
+                f"{self._name}: tile {tile} is off again (register 0x{TILES:x} reads 0x{on:x}): the board has "
+                "restarted, or another program has switched it off"
+            )
+        found = {name: monitor.convert(value) for (name, monitor), value in zip(monitors.items(), values, strict=True)}
+        for name, value in found.items():
+            supply, _, quantity = name.partition("_")
+            low, high = limits.get(name, (None, None))
+            at = f"{self._name}: tile {tile}: {name} is {value:.0f} with DAC {dacs[supply]}"
+            if high is not None and value > high:
+                raise BoardError(f"{at}, above its limit of {high:g}")
+            if final and low is not None and value < low:
+                raise BoardError(f"{at}, below its limit of {low:g}")
+            if quantity == "mv":
+                expected, uncertainty = self.known_revision.expected(dacs[supply])
+                if value > expected + uncertainty or (final and value < expected - uncertainty):
+                    raise BoardError(f"{at}, expected {expected:.0f} within {uncertainty:.0f}")
+        return found
+
     def switch_off(self, tiles: Sequence[int] | None) -> None:
         """Switch tiles off (None: all), and the analog power when no tile is on any more."""
         if not self.disable(tiles):
@@ -135,6 +241,7 @@ class TilePower:
         if registers.readback is not None:
             orders.append(read(registers.readback.address(tile)))
         _, *readback = self._exchange(orders)
+        self._sent(tile, supply, dac)
         # According to its source, the v1.3 server answers in the upper half; no answer of a board is published.
         if readback and dac not in (readback[0] >> 16, readback[0] & 0xFFFF):
             raise BoardError(f"{self._name}: tile {tile}: {supply} DAC: set to {dac}, reads back 0x{readback[0]:08x}")
@@ -145,12 +252,32 @@ class TilePower:
         values = dict(zip(names, self._read_monitors(tile, supply, names), strict=True))
         return values["mv"], values.get("ma")
 
+    def monitors(self, tile: int) -> dict[str, float]:
+        """Return all monitors of a tile by name."""
+        return {
+            f"{supply}_{name}": value
+            for supply, registers in self.known_revision.supplies.items()
+            for name, value in zip(
+                registers.monitors, self._read_monitors(tile, supply, list(registers.monitors)), strict=True
+            )
+        }
+
     def _read_monitors(self, tile: int, supply: str, names: list[str]) -> list[float]:
         self.valid_tiles([tile])
         monitors = [self.known_revision.supplies[supply].monitors[name] for name in names]
         orders = [read(monitor.register.address(tile)) for monitor in monitors]
         values = self._exchange(orders, sum(monitor.seconds for monitor in monitors))
         return [monitor.convert(value) for monitor, value in zip(monitors, values, strict=True)]
+
+    def on(self) -> list[int]:
+        """Return the tiles that are on."""
+        enabled, firmware = self._read_enables()
+        enabled &= tile_mask(self._revision, firmware)
+        return [tile for tile in range(self.tiles) if enabled >> tile & 1]
+
+    def analog_on(self) -> None:
+        """Switch the analog power on, on boards that have a register for it."""
+        self._switch_analog(on=True)
 
     def enable(self, tiles: Sequence[int] | None) -> int:
         """Switch these tiles on (None: all) in one step. Returns the mask of the tiles that are on."""

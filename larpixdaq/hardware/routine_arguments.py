@@ -1,4 +1,4 @@
-"""Arguments of a routine: described for the Operator, and checked before the call."""
+"""Arguments of routines: described for the Operator, and checked before the call. Arguments of actions: checked."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
+from larpixdaq.errors import RequestError
 from larpixdaq.protocol.hardware import Parameter
 from larpixdaq.routines import Routine
 
@@ -105,3 +106,19 @@ def _type_name(annotation: Any) -> str:
 def _reason(error: msgspec.ValidationError) -> str:
     text = str(error).partition(" - at ")[0]
     return (text[:1].lower() + text[1:]).replace("`", "").partition(", got")[0]
+
+
+def check_number(what: str, value: Any, low: int, high: int) -> int:
+    """Check that an argument is a whole number from `low` to `high`; RequestError if not."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        expected = f"a whole number from {low} to {high}" if low < high else f"{low}"
+        raise RequestError(f"{what}: expected {expected}, found {value!r:.100}")
+    return value
+
+
+def check_numbers(what: str, value: Any, low: int, high: int) -> list[int]:
+    """Check that an argument is a whole number from `low` to `high` or a list of them; returns each number once."""
+    numbers = value if isinstance(value, list) else [value]
+    if not numbers:
+        raise RequestError(f"{what}: expected one or more whole numbers, found none")
+    return list(dict.fromkeys(check_number(what, number, low, high) for number in numbers))

@@ -80,6 +80,9 @@ class Child:
         self._routines: list[dict[str, Any]] | None = None
         #: Result of the last load_pixel_layout that succeeded, and `loaded`, its time (unix s).
         self.pixel_layout: dict[str, Any] | None = None
+        #: The last report on the supplies of each board, by io_group: texts for the run's file.
+        self.power_reports: dict[int, str] = {}
+        self._new_power: set[int] = set()
 
     def fileno(self) -> int:
         return self._process.fileno()
@@ -88,6 +91,12 @@ class Child:
     def running(self) -> str | None:
         """The name of the running routine or action."""
         return self._running.name if self._running is not None else None
+
+    def new_power_reports(self) -> list[str]:
+        """Return the reports on supplies that have come since the last call."""
+        new = [self.power_reports[io_group] for io_group in sorted(self._new_power)]
+        self._new_power.clear()
+        return new
 
     def list_routines(self, call: Call) -> None:
         """List routines: [{"name", "params", "help", "error"}], `params` [{"name", "type", "required", "default"}].
@@ -264,6 +273,9 @@ class Child:
             self._keep_state(message)
         elif isinstance(message, hardware.Invalidate):
             self._tracker.invalidate(message.io_groups)
+        elif isinstance(message, hardware.PowerReport):
+            self.power_reports[message.io_group] = message.text
+            self._new_power.add(message.io_group)
         elif isinstance(message, hardware.SendWords):
             done = partial(self._answer_command, message.command)
             self._commands.send_words(message.io_group, message.io_channels, message.words, done)

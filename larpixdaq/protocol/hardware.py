@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import numpy as np
@@ -50,6 +50,7 @@ class BoardInfo(msgspec.Struct, frozen=True):
     kind: str  # as in sources.command_channel; "" if the board takes no commands
     name: str
     revision: int = 0  # of a PACMAN's registers, 2 to 5; 0: not known
+    uarts: int = 0  # of a PACMAN of revision 5 with 32 UARTs; 0: as others of its revision
 
 
 class Setup(msgspec.Struct, array_like=True, tag=3, frozen=True):
@@ -66,6 +67,7 @@ class Setup(msgspec.Struct, array_like=True, tag=3, frozen=True):
     read: bytes = b""
     known: bytes = b""
     pixel_layout: str = ""
+    power_settings: str = ""  # file of --power-settings
 
 
 class Action(msgspec.Struct, array_like=True, tag=4, frozen=True):
@@ -165,6 +167,13 @@ class Invalidate(msgspec.Struct, array_like=True, tag=19, frozen=True):
     io_groups: list[int]
 
 
+class PowerReport(msgspec.Struct, array_like=True, tag=20, frozen=True):
+    """The supplies of a board were measured: a text for the run's file."""
+
+    io_group: int
+    text: Annotated[str, msgspec.Meta(max_length=20_000)]
+
+
 def config_answers(rows: NDArray[Any]) -> NDArray[Any]:
     """Return the configuration answers of chips among these rows."""
     found = rows[types_of(rows) == PacketType.CONFIG_READ]
@@ -178,7 +187,7 @@ FromParent = Request | Setup | ListenedRows | CommandDone
 
 Answer = RoutineList | Progress | Result | ActionFailed
 
-FromChild = Answer | SendWords | BoardOrder | Listen | Remember | Invalidate
+FromChild = Answer | SendWords | BoardOrder | Listen | Remember | Invalidate | PowerReport
 
 
 def _plain(value: Any) -> Any:

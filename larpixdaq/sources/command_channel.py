@@ -57,6 +57,8 @@ class Channel(ABC):
     kind = ""
     #: Register map of a PACMAN, one of REVISIONS; 0: not known.
     revision = 0
+    #: UARTs of a PACMAN of revision 5 whose firmware has 32; 0: as others of its revision.
+    uarts = 0
     #: Maximum words of a request.
     batch = 1
     #: Sockets to poll for reading while it is busy.

@@ -30,6 +30,8 @@ from larpixdaq.sources.source import Source
 
 #: The options that name a source.
 SOURCES: Final = ("--serial", "--pacman", "--bern", "--replay", "--fake", "--io-config")
+#: Numbers of UARTs that --pacman-uarts takes.
+_UARTS: Final = (32, 32)
 #: The key for all other boards in revisions by io_group.
 ALL: Final = 0
 #: Packets per second of `--fake` without a rate.
@@ -46,6 +48,7 @@ _ONLY_FOR: Final = {
     "pacman_format": ("pacman", "replay"),
     "clock64": ("pacman", "replay", "io-config"),
     "pacman_revision": ("pacman", "io-config"),
+    "pacman_uarts": ("pacman",),
     "baud": ("serial",),
     "serial_rule": ("serial",),
     "speed": ("replay",),
@@ -130,6 +133,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> 
         help="register maps of the PACMAN boards' command servers, each as [IO_GROUP=]N, without IO_GROUP for all: 2 "
         "(server v1.2), 3 (v1.3, also of uci_* and r/oldtimestamp_rev4 firmware), 4 (v1.4) or 5 (pacman-server 2, "
         "which reports it itself); without it no DAC is set and no voltage is shown",
+    )
+    board.add_argument(
+        "--pacman-uarts",
+        nargs="+",
+        metavar="UARTS",
+        help="PACMAN boards of revision 5 whose firmware has 32 UARTs instead of 40, each as [IO_GROUP=]32: they have "
+        "no io_channels 12, 16, ..., 40, and the UARTs of the others are numbered without gaps",
     )
     board.add_argument(
         "--baud", type=parse_whole, metavar="BITS_PER_SECOND", help="speed of the serial line (default: 1000000)"
@@ -267,9 +277,13 @@ def _boards(args: argparse.Namespace, asic: Asic, kind: str, addresses: list[str
 
     parsed = boards(addresses)
     revisions = _revisions(args, kind)
-    for io_group in revisions.keys() - {ALL} - {board.io_group for board in parsed}:
+    uarts = _by_group("--pacman-uarts", args.pacman_uarts, "UARTs", *_UARTS)
+    io_groups = {ALL} | {board.io_group for board in parsed}
+    for io_group in revisions.keys() - io_groups:
         wrong = UsageError if args.pacman_revision else ConfigError  # of the command line, or of the file
         raise wrong(f"--pacman-revision {io_group}={revisions[io_group]}: no board has io_group {io_group}")
+    for io_group in uarts.keys() - io_groups:
+        raise UsageError(f"--pacman-uarts {io_group}={uarts[io_group]}: no board has io_group {io_group}")
     form = args.pacman_format or "auto"
     return [
         PacmanSource(
@@ -278,6 +292,7 @@ def _boards(args: argparse.Namespace, asic: Asic, kind: str, addresses: list[str
             format=form,
             clock64=bool(args.clock64),
             revision=revisions.get(board.io_group, revisions.get(ALL, 0)),
+            uarts=uarts.get(board.io_group, uarts.get(ALL, 0)),
         )
         for board in parsed
     ]
@@ -288,15 +303,20 @@ def _revisions(args: argparse.Namespace, kind: str) -> dict[int, int]:
     configured: dict[int, int] = {}
     if args.io_config is not None and kind == "pacman":
         configured = configured_revisions(*args.io_config)
-    given: dict[int, int] = {}
-    for text in args.pacman_revision or ():
-        group, equals, number = text.rpartition("=")
-        option = f"--pacman-revision {text}"
-        io_group = _io_group(group, option) if equals else ALL
-        if io_group in given:
-            raise UsageError(f"{option}: {'all boards' if io_group == ALL else f'io_group {io_group}'} twice")
-        given[io_group] = _number(number, f"{option}: revision", REVISIONS[0], REVISIONS[-1])
+    given = _by_group("--pacman-revision", args.pacman_revision, "revision", REVISIONS[0], REVISIONS[-1])
     return (configured if ALL not in given else {}) | given
+
+
+def _by_group(option: str, texts: list[str] | None, quantity: str, low: int, high: int) -> dict[int, int]:
+    """Return numbers given as [IO_GROUP=]N by io_group, and ALL for the others."""
+    given: dict[int, int] = {}
+    for text in texts or ():
+        group, equals, number = text.rpartition("=")
+        io_group = _io_group(group, f"{option} {text}") if equals else ALL
+        if io_group in given:
+            raise UsageError(f"{option} {text}: {'all boards' if io_group == ALL else f'io_group {io_group}'} twice")
+        given[io_group] = _number(number, f"{option} {text}: {quantity}", low, high)
+    return given
 
 
 def _serial(args: argparse.Namespace, asic: Asic, values: tuple[int, str, int | None]) -> list[Source]:
@@ -336,7 +356,7 @@ def _io_group(text: str, context: str) -> int:
 
 def _number(text: str, quantity: str, low: int, high: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 12 and low <= int(text) <= high):
-        raise UsageError(f"{quantity}: expected {low} to {high}, found {text}")
+        raise UsageError(f"{quantity}: expected {f'{low} to {high}' if low < high else low}, found {text}")
     return int(text)
 
 

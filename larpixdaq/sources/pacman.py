@@ -44,11 +44,13 @@ class PacmanChannel(RequestChannel):
         port: int,
         *,
         revision: int = 0,
+        uarts: int = 0,
         board_format: Callable[[], str | None] = lambda: None,
     ) -> None:
         """`board_format` returns the format of the board, "legacy" or "1.0"; None while it is not known."""
         super().__init__("PACMAN", io_group, host, port, self._check)
         self.revision = revision
+        self.uarts = uarts
         self._board_format = board_format
         self._sent = 0
 
@@ -102,7 +104,7 @@ class PacmanSource(BoardSource):
     """PACMAN board.
 
     `format`: auto, legacy or 1.0; `clock64`: its firmware has a 64-bit clock; `revision`: register map of its command
-    server, 0 for an unknown one."""
+    server, 0 for an unknown one; `uarts`: 32 for the firmware of revision 5 with so few, otherwise 0."""
 
     _decoder: PacmanDecoder
 
@@ -117,6 +119,7 @@ class PacmanSource(BoardSource):
         format: str = "auto",
         clock64: bool = False,
         revision: int = 0,
+        uarts: int = 0,
     ) -> None:
         lookup = HostLookup(host)
         self._format = format
@@ -126,6 +129,7 @@ class PacmanSource(BoardSource):
             lookup,
             command_port,
             revision=revision,
+            uarts=uarts,
             board_format=lambda: decoder.format if format == "auto" else format,
         )
         self.channels = (channel,)

@@ -346,3 +346,25 @@ def test_the_truth_is_written(tmp_path):
         assert max(noise.values()) > HOT * min(noise.values())
     with emulator("--chips", "12", "--truth", str(path), "--seed", "5", *options):
         assert json.loads(path.read_text()) == truth
+
+
+def test_rolling_triggers_and_resets_take_one_channel_at_a_time(bench):
+    bench.set("threshold_global", 255)
+    bench.set("periodic_trigger_mask", [0] * 4 + [1] * 60)
+    bench.set("periodic_trigger_cycles", 1_000)
+    bench.set("enable_rolling_periodic_trigger", 1, slice(0, 1))
+    bench.set("csa_enable", 1)
+    bench.set("enable_periodic_trigger", 1, slice(0, 2))
+    bench.set("enable_periodic_reset", 1)
+    found = bench.hits(0.64)
+    found = found[found["trigger"] == PERIODIC]
+    assert np.bincount(found["chip"], minlength=2).tolist() == [4 * 100, 4 * 6_400]
+    rolling = found[found["chip"] == 0]
+    assert (rolling["tick"] // 1_000 % 64 == rolling["channel"]).all()
+    bench.seen.leakage[:] = 1_000.0
+    bench.set("threshold_global", 100)  # about 86 mV above the pedestals
+    bench.set("channel_mask", 0)
+    bench.set("periodic_reset_cycles", SECOND // 500)  # 2 mV of leakage between resets of all channels
+    assert bench.noise.rates.max() < 1
+    bench.set("enable_rolling_periodic_reset", 1)  # 128 mV
+    assert bench.noise.rates.min() > 5

@@ -127,6 +127,34 @@ def test_addresses_past_the_i2c_window_crash_the_server(revision, end):
     assert registers("2").read(0xFFFFFFFF) == registers("5").read(0xFFFFFFFF) == 0
 
 
+def test_a_tile_with_too_much_current_and_a_restart():
+    board = registers("4", chips=[100], overload={0: 500.0})
+    board.switch_on(1, (1.8, 1.2), 2)
+    assert [board.read(0x24050) * 0.5, (board.read(0x24060) >> 10) * 0.25] == pytest.approx([750, 600], rel=0.01)
+    changes = []
+    board.on_change = lambda register, old, new: changes.append((register, new))
+    board.write(0x24100, 5)
+    board.restart()
+    assert (0x10, 0) in changes
+    assert [board.read(register) for register in (0x10, 0x14, 0x24030, 0x24100)] == [0] * 4
+    assert board.read(0x1014) == 0x100
+
+
+@pytest.mark.parametrize(("revision", "kinds"), [("4", b"!"), ("5", b"?!")])
+def test_the_echo_port_repeats_what_the_command_server_answers(revision, kinds):
+    chips = ("--chips", "1", "--revision", revision, "--echo-port", "0")
+    with emulator(*chips) as board, context() as ctx:
+        echo, command = subscriber(ctx, board.ready["1"]["echo"]), ctx.socket(zmq.REQ)
+        command.connect(f"tcp://127.0.0.1:{board.ready['1']['command']}")
+
+        def heard():  # a subscription takes a moment
+            reply_to(command, board_register(b"R", 0x1014))
+            return bool(echo.poll(10))
+
+        until(heard, "a message on the echo port")
+        assert echo.recv()[:1] in [kinds[at : at + 1] for at in range(len(kinds))]
+
+
 def refuses(port):
     try:
         socket.create_connection(("127.0.0.1", port), LIMIT).close()

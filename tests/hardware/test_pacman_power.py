@@ -1,49 +1,18 @@
 """Power, DACs, resets and clocks of PACMAN boards of each revision, on models of their command servers' registers."""
 
 import pytest
-from pacman_server_models import MODELS, Crash
+from pacman_server_models import MODELS, Boards, Crash
 
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware import power as power_module
 from larpixdaq.hardware.actions import BoardActions
 from larpixdaq.hardware.pacman_registers import REVISIONS
 from larpixdaq.hardware.producer_link import BoardError
-from larpixdaq.protocol import hardware
 from larpixdaq.schema import Asic
 from larpixdaq.sources import command_channel
 
 #: Usual DAC settings of each revision.
 DACS = {2: (54_691, 54_691), 3: (46_020, 40_605), 4: (46_500, 28_500), 5: (48_092, 32_838)}
-
-
-class Boards:
-    """Stands in for the child's ProducerPipe; a model for each board. `requests`: io_group, words, time limit (s)."""
-
-    def __init__(self, models, configured, generation=Asic.V2):
-        self.models = models
-        boards = [
-            hardware.BoardInfo(group, "pacman", f"PACMAN io_group {group}", configured[group]) for group in models
-        ]
-        self.setup = hardware.Setup(boards, "2", int(generation), 2)
-        self.invalidated = []
-        self.requests = []
-
-    def ask(self, io_group, body, seconds=0.0):
-        model = self.models[io_group]
-        before = model.slept
-        answer = b"".join(model.word(body[at : at + 16]) for at in range(0, len(body), 16))
-        assert model.slept - before <= seconds, "the board sleeps longer than this request may take"
-        self.requests.append((io_group, len(body) // 16, seconds))
-        return answer
-
-    def post(self, io_group, body, seconds=0.0):
-        return io_group, body, seconds
-
-    def await_answer(self, number):
-        return self.ask(*number)
-
-    def invalidate(self, io_groups):
-        self.invalidated += io_groups
 
 
 @pytest.fixture

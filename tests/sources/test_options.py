@@ -40,7 +40,7 @@ def create(*words):
 
 
 V2 = {"asic": Asic.V2}
-PACMAN = {**V2, "format": "auto", "clock64": False, "revision": 0}
+PACMAN = {**V2, "format": "auto", "clock64": False, "revision": 0, "uarts": 0}
 REPLAY = {**V2, "format": "auto", "clock64": False, "speed": 1.0}
 IO_CLASS = {**V2, "clock64": False, "revisions": {}}
 SERIAL = {**V2, "baud": 1_000_000, "rule": "strict"}
@@ -64,7 +64,7 @@ SERIAL = {**V2, "baud": 1_000_000, "rule": "strict"}
                 (
                     "PacmanSource",
                     (1, "10.0.0.1", 5556, 5555),
-                    {"asic": Asic.V3, "format": "1.0", "clock64": True, "revision": 0},
+                    {"asic": Asic.V3, "format": "1.0", "clock64": True, "revision": 0, "uarts": 0},
                 )
             ],
         ),
@@ -97,6 +97,13 @@ SERIAL = {**V2, "baud": 1_000_000, "rule": "strict"}
             ],
         ),
         ("--io-config FakeIO", [("IoClassSource", ("FakeIO", ()), IO_CLASS)]),
+        (
+            "--pacman a 7=b --pacman-uarts 7=32",
+            [
+                ("PacmanSource", (1, "a", 5556, 5555), PACMAN),
+                ("PacmanSource", (7, "b", 5556, 5555), {**PACMAN, "uarts": 32}),
+            ],
+        ),
         (
             "--io-config FakeIO --pacman-revision 2=3",
             [("IoClassSource", ("FakeIO", ()), {**IO_CLASS, "revisions": {2: 3}})],
@@ -137,6 +144,9 @@ def test_options_make_sources(recorded, words, expected):
         ("--pacman a --pacman-revision rev4", "--pacman-revision rev4: revision: expected 2 to 5, found rev4"),
         ("--pacman a --pacman-revision 1=4 1=5", "--pacman-revision 1=5: io_group 1 twice"),
         ("--pacman a --pacman-revision 2=4", "--pacman-revision 2=4: no board has io_group 2"),
+        ("--pacman a --pacman-uarts 2=32", "--pacman-uarts 2=32: no board has io_group 2"),
+        ("--pacman a --pacman-uarts 40", "--pacman-uarts 40: UARTs: expected 32, found 40"),
+        ("--bern a --pacman-uarts 32", "--pacman-uarts is for --pacman only, not for --bern"),
         ("--pacman a --io-groups 2", "--io-groups is for --fake only, not for --pacman"),
         ("--pacman a --asic 1 --fifo-diagnostics", "--fifo-diagnostics is for v2 chips only, not for --asic 1"),
         ("--io-config a:b.c", "--io-config a:b.c: expected a class of larpix.io or package.module:Class"),

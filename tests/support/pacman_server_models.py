@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import struct
 
+from larpixdaq.protocol import hardware
+from larpixdaq.schema import Asic
+
 WORD = struct.Struct("<c3xI4xI")
 #: Volts of VDDA and VDDD of a tile for each DAC count, by revision.
 SLOPE = {2: 1.8 / 54_691, 3: 1 / 25_700, 4: 1 / 25_700, 5: 1 / 26_500}
@@ -134,3 +137,38 @@ class Rev5(Rev4):
 
 
 MODELS = {2: Rev2, 3: Rev3, 4: Rev4, 5: Rev5}
+
+
+class Boards:
+    """Stands in for the child's ProducerPipe; a model for each board. `requests`: io_group, words, time limit (s)."""
+
+    def __init__(self, models, configured, generation=Asic.V2, asic="2", power_settings="", uarts=0):
+        self.models = models
+        boards = [
+            hardware.BoardInfo(group, "pacman", f"PACMAN io_group {group}", configured[group], uarts)
+            for group in models
+        ]
+        self.setup = hardware.Setup(boards, asic, int(generation), 2, power_settings=power_settings)
+        self.invalidated = []
+        self.requests = []
+        self.sent = []
+
+    def ask(self, io_group, body, seconds=0.0):
+        model = self.models[io_group]
+        before = model.slept
+        answer = b"".join(model.word(body[at : at + 16]) for at in range(0, len(body), 16))
+        assert model.slept - before <= seconds, "the board sleeps longer than this request may take"
+        self.requests.append((io_group, len(body) // 16, seconds))
+        return answer
+
+    def post(self, io_group, body, seconds=0.0):
+        return io_group, body, seconds
+
+    def await_answer(self, number):
+        return self.ask(*number)
+
+    def send(self, message):
+        self.sent.append(message)
+
+    def invalidate(self, io_groups):
+        self.invalidated += io_groups

@@ -443,10 +443,13 @@ export class ConfigurationTab {
   }
 
   showStatus(found) {
-    const shown = ([name]) => name !== "supplies" && name !== "doubts";
+    const shown = ([name]) => !["supplies", "uncertain", "doubts"].includes(name);
     const facts = found.map((board) => Object.fromEntries(Object.entries(board).filter(shown)));
     const supplies = found.flatMap((board) =>
-      (board.supplies ?? []).map((supply) => ({ io_group: board.io_group, ...withUnits(supply) })),
+      (board.supplies ?? []).map((supply) => ({
+        io_group: board.io_group,
+        ...withUnits(supply, board.uncertain ?? []),
+      })),
     );
     const doubts = [...new Set(found.flatMap((board) => board.doubts ?? []))];
     this.status.replaceChildren(
@@ -916,10 +919,11 @@ function numbers(text, what) {
   return parts.length ? parts.map((part) => number(part, what)) : null;
 }
 
-// The names of supplies with their units: vdda_mv becomes "vdda, mV".
-function withUnits(supply) {
+// The names of supplies with their units: vdda_mv becomes "vdda, mV", with a question mark if its scale is uncertain.
+function withUnits(supply, uncertain) {
   const unit = (name) => name.replace(/_(m[va]|uv)$/, (_, short) => `, ${{ mv: "mV", ma: "mA", uv: "µV" }[short]}`);
-  return Object.fromEntries(Object.entries(supply).map(([name, value]) => [unit(name), value]));
+  const title = (name) => unit(name) + (uncertain.includes(name) ? " ?" : "");
+  return Object.fromEntries(Object.entries(supply).map(([name, value]) => [title(name), value]));
 }
 
 // A table with a column for each of the rows.
