@@ -71,6 +71,7 @@ HARDWARE_QUERIES: Final = (
 #: Actions of a producer that change chips or boards, or send words to chips.
 HARDWARE_CHANGES: Final = (
     "configure_network",
+    "discover_network",
     "enforce_configuration",
     "load_board",
     "load_pixel_layout",

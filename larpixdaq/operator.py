@@ -366,6 +366,36 @@ class Operator:
         """
         return self._producer(component, "configure_network", tries=tries)
 
+    def discover_network(
+        self,
+        file: str | None = None,
+        tiles: int | Sequence[int] | None = None,
+        io_group: int | Sequence[int] | None = None,
+        shape: str | dict[str, Any] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        reset: bool = True,
+        component: str | None = None,
+    ) -> Request:
+        """Find the chips of tiles and a network that leads round dead chips and broken links, and write a board file.
+
+        file: name of the new board file, .json, on the producer's machine (None: named by the time). It is loaded, so
+        that configure_network() can follow. tiles: numbers from 0 (None: those that are on). shape: "10x10", "10x16",
+        "5x5", or a dict with rows, columns, roots, ... (docs/chips.md). exclude: keys of chips that are not to be used.
+        reset: reset the boards' chips before and after it; False for fresh tiles beside others that are in use.
+
+        A dict: ok (no fault), file, chips, missing, faults (one line each), state (of the chips), seconds, tiles (a
+        list of dicts with io_group, tile, roots, missing, network, broken, one_way, ...). Shown as a picture.
+        """
+        arguments = {
+            "file": file,
+            "tiles": tiles if tiles is None or isinstance(tiles, int) else list(tiles),
+            "io_group": io_group if io_group is None or isinstance(io_group, int) else list(io_group),
+            "shape": shape,
+            "exclude": exclude if exclude is None or isinstance(exclude, str) else list(exclude),
+            "reset": reset,
+        }
+        return self._producer(component, "discover_network", **arguments)
+
     def get_boards(self, component: str | None = None) -> Request:
         """List the boards that are read and the known chips.
 

@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from larpixdaq.control import network_view
 from larpixdaq.control.display import cell, is_table, readable, shown_rows
 from larpixdaq.errors import printable
 
@@ -316,5 +317,6 @@ _VIEWS: Final = {
     "power_up": View(
         _or_else(lambda value: readable(_power(value)), readable), _or_else(lambda value: html(_power(value)), html)
     ),
+    "discover_network": View(_or_else(network_view.text, readable), _or_else(network_view.html, html)),
     "pixel_map": View(_or_else(_map_text, readable), _or_else(_map_html, html)),
 }

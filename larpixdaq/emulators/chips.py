@@ -50,8 +50,9 @@ RESETS: Final = {
 }
 #: Maximum number of tiles of a board: the tile enable register has 32 bits.
 _MAX_TILES: Final = 32
-#: Lowest bit of the chip_id in a word.
+#: Lowest bit of the chip_id in a word, and the mask of the bits by which a chip takes it: chip_id, downstream marker.
 _CHIP_ID: Final = 2
+_ADDRESSED: Final = 0xFF << _CHIP_ID | 1 << 62
 
 
 class EmulatedChips:
@@ -69,7 +70,10 @@ class EmulatedChips:
         dead: Iterable[int] = (),
         stuck: Iterable[tuple[int, int, int, int]] = (),
         powered: bool = False,
+        flips: float = 0.0,
+        seed: int = 0,
     ) -> None:
+        """`flips`: fraction of the words of which a link in `wiring.flipping` flips a bit."""
         n = len(wiring.keys)
         self.keys = wiring.keys
         self.asic = asic
@@ -95,6 +99,7 @@ class EmulatedChips:
         else:
             ticks, clk_ctrl = TICKS_PER_BIT[asic], asic != "3"
             self.network = Network(wiring, self.alive, ticks, self.registers, self.map, clk_ctrl=clk_ctrl)
+        self._flips, self._random = flips, np.random.default_rng([seed, 6])
         self._pulse = self.map.address("csa_testpulse_dac")
         watched = np.zeros(256, np.uint8)
         self._watched = [*self.network.watched, self._pulse]
@@ -174,7 +179,7 @@ class EmulatedChips:
                 if chips:
                     parts.append((answers[:made].copy(), answer_channels[:made].copy()))
                     made = 0
-                    parts.append(self._send_to_each(word, chips))
+                    parts.append(self._send_to_each(word, int(channels[position]), chips))
                     position += 1
             elif position == len(words):
                 parts.append((answers[:made], answer_channels[:made]))
@@ -192,7 +197,7 @@ class EmulatedChips:
         first = {}
         for chip in np.unique(chips[leaves[chips] < PathEnd.NONE]).tolist():
             exits = self.network.exits(chip)
-            if len(exits) > 1:
+            if exits:
                 first[chip] = exits[0]
         io_channels: NDArray[Any] = leaves[chips]
         for chip, io_channel in first.items():
@@ -202,24 +207,45 @@ class EmulatedChips:
     def _find_paths(self, word: int, io_channel: int) -> list[int]:
         """Find the listeners of a word and their exits for the kernel. Returns the chips that it cannot serve itself.
 
-        These are several listeners, or a listener whose answer has several exits.
+        These are several listeners, or a listener whose answer has several exits, or a link that flips bits on the way.
         """
         chips = self.network.listeners(io_channel, word >> _CHIP_ID & 0xFF)
-        if len(chips) == 1 and len(self.network.exits(chips[0])) < 2:
+        if len(chips) == 1 and len(self.network.exits(chips[0])) < 2 and not self._flipping_links(io_channel, chips[0]):
             return []
         return chips
 
-    def _send_to_each(self, word: int, chips: list[int]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _flipping_links(self, io_channel: int, chip: int) -> int:
+        """Return the number of links that flip bits, on the way of a word to this chip and of its answer."""
+        if not isinstance(self.network, Network):
+            return 0
+        return self.network.flips_to.get((io_channel, chip), 0) + self.network.flips_from.get(chip, 0)
+
+    def _send_to_each(self, word: int, io_channel: int, chips: list[int]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Send a word to each of these chips. Returns their answers on all exits, and the answers' io_channels."""
         answers = []
         old = self.registers[np.ix_(chips, self._watched)]
         for chip in chips:
-            answer = self._native.deliver(chip, word)
+            arrived = word
+            if isinstance(self.network, Network):
+                arrived = self._flipped(word, self.network.flips_to.get((io_channel, chip), 0))
+                if arrived & 3 < 2 or (arrived ^ word) & _ADDRESSED:
+                    continue
+            answer = self._native.deliver(chip, arrived)
             if answer:
-                answers += [(answer, io_channel) for io_channel in self.network.exits(chip)]
+                exits = self.network.exits(chip)
+                if isinstance(self.network, Network):
+                    answer = self._flipped(answer, self.network.flips_from[chip])
+                answers += [(answer, exit_channel) for exit_channel in exits]
         for row, column in np.argwhere(old != self.registers[np.ix_(chips, self._watched)]).tolist():
             self._register_changed(chips[row], self._watched[column], int(old[row, column]))
         return np.array([a[0] for a in answers], np.uint64), np.array([a[1] for a in answers], np.uint8)
+
+    def _flipped(self, word: int, links: int) -> int:
+        """Return a word that has passed this number of links that flip bits."""
+        for _ in range(links):
+            if self._random.random() < self._flips:
+                word ^= 1 << int(self._random.integers(64))
+        return word
 
     def _register_changed(self, chip: int, address: int, old: int) -> None:
         if address == self._pulse:

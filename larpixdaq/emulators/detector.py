@@ -28,6 +28,9 @@ DEFAULT_ASIC = "2"
 PLANTED_OPTIONS = (
     ("dead-chips", "CHIP", "chips that neither receive nor send"),
     ("broken-links", "CHIP/CHIP", "links of the network without wires"),
+    ("one-way-links", "CHIP/CHIP", "links that carry words from the first chip to the second only"),
+    ("flipping-links", "CHIP/CHIP", "links that flip a bit of a part of the words, see --flips"),
+    ("impostors", "CHIP=ID", "chips that also take words for another chip_id"),
     ("stuck-bits", "CHIP:REGISTER.BIT=VALUE", "bits of registers that never change"),
     ("hot-channels", "CHIP-CHANNEL", f"channels with {HOT:g} times the noise of others"),
     ("dead-channels", "CHIP-CHANNEL", "channels that see nothing"),
@@ -42,6 +45,7 @@ Chip = tuple[int, int]
 _CHIP: Final = r"(\d+-\d+-\d+)"
 _CHANNEL: Final = re.compile(rf"{_CHIP}-(\d+)")
 _LINK: Final = re.compile(rf"{_CHIP}/{_CHIP}")
+_IMPOSTOR: Final = re.compile(rf"{_CHIP}=(\d+)")
 _STUCK: Final = re.compile(rf"{_CHIP}:(\d+)\.([0-7])=([01])")
 
 
@@ -61,6 +65,9 @@ class EmulatedDetector(NamedTuple):
         faults = {
             "dead_chips": [key(chip) for chip in planted.dead_chips],
             "broken_links": [f"{key(a)}/{key(b)}" for a, b in planted.broken_links],
+            "one_way_links": [f"{key(a)}/{key(b)}" for a, b in planted.one_way_links],
+            "flipping_links": [f"{key(a)}/{key(b)}" for a, b in planted.flipping_links],
+            "impostors": [f"{key(chip)}={chip_id}" for chip, chip_id in planted.impostors],
             "stuck_bits": [
                 f"{key(chip)}:{register}.{bit}={value}" for chip, register, bit, value in planted.stuck_bits
             ],
@@ -104,6 +111,11 @@ class Planted(NamedTuple):
     dead_chips: list[Chip]
     #: The chip nearer to the board first, if the seed has chosen the link.
     broken_links: list[tuple[Chip, Chip]]
+    #: The chip that sends, the chip that receives.
+    one_way_links: list[tuple[Chip, Chip]]
+    flipping_links: list[tuple[Chip, Chip]]
+    #: Chip, the other chip_id whose words it takes.
+    impostors: list[tuple[Chip, int]]
     #: Chip, register, bit, the value that it keeps.
     stuck_bits: list[tuple[Chip, int, int, int]]
     #: Chip, channel.
@@ -130,6 +142,26 @@ class Planter:
             links = [((g, a), (g, b)) for g, board in self._boards.items() for a, b in board.tree]
             return self._choose(links, text)
         return [(self._chip(a), self._chip(b)) for a, b in self._parse(text, _LINK, "CHIP/CHIP")]
+
+    def any_links(self, text: str) -> list[tuple[Chip, Chip]]:
+        """Links between any neighbours, which the seed turns round."""
+        if text.isdigit():
+            links = self._choose(
+                [((g, a), (g, b)) for g, board in self._boards.items() for a, b in board.links()], text
+            )
+            return [(b, a) if self._random.integers(2) else (a, b) for a, b in links]
+        return [(self._chip(a), self._chip(b)) for a, b in self._parse(text, _LINK, "CHIP/CHIP")]
+
+    def impostors(self, text: str) -> list[tuple[Chip, int]]:
+        """Chips that the seed chooses take the words for the chip after them."""
+        if text.isdigit():
+            keys = {chip: self._boards[chip[0]].keys[chip[1]][1] for chip in self._chips}
+            return [(chip, keys[chip] % 254 + 1) for chip in self._choose(self._chips, text)]
+        parts = [(self._chip(chip), int(chip_id)) for chip, chip_id in self._parse(text, _IMPOSTOR, "CHIP=ID")]
+        for _, chip_id in parts:
+            if not 0 < chip_id < network.BROADCAST:
+                raise UsageError(f"impostor: chip_id {chip_id}: expected 1 to {network.BROADCAST - 1}")
+        return parts
 
     def stuck_bits(self, text: str, defaults: Any, registers: int) -> list[tuple[Chip, int, int, int]]:
         """Bits that the seed chooses are stuck at the opposite of their power-up values, so that they are noticed."""
@@ -218,6 +250,13 @@ def add_arguments(parser: argparse.ArgumentParser, tile_channels: int = network.
         )
     for name, description in LOSS_OPTIONS:
         add(f"--{name}", type=fraction, default=0.0, metavar="F", help=f"{description} (default 0)")
+    add(
+        "--flips",
+        type=fraction,
+        default=0.2,
+        metavar="F",
+        help="fraction of words that --flipping-links change (default %(default)s)",
+    )
     add("--bug-512", action="store_true", help="each 512th word to the chips of a board gets lost")
     add(
         "--truth",
@@ -239,13 +278,19 @@ def check_arguments(args: argparse.Namespace) -> EmulatedDetector:
             if getattr(args, name.replace("-", "_")):
                 raise UsageError(f"--{name} goes with --chips")
         args.asic = args.asic or DEFAULT_ASIC
-        return EmulatedDetector({}, Planted([], [], [], [], []))
+        return EmulatedDetector({}, Planted(*([] for _ in Planted._fields)))
     if args.lose_answers + args.double_answers > 1:
         raise UsageError("--lose-answers, --double-answers: an answer is lost or doubled, so they add up to at most 1")
     boards = _boards(args)
     planted = _plant(args, boards)
     for (io_group, a), (_, b) in planted.broken_links:
         boards[io_group].cut(a, b)
+    for (io_group, a), (_, b) in planted.one_way_links:
+        boards[io_group].cut_one_way(b, a)
+    for (io_group, a), (_, b) in planted.flipping_links:
+        boards[io_group].flipping |= {(a, b), (b, a)}
+    for (io_group, chip), chip_id in planted.impostors:
+        boards[io_group].also[chip] = chip_id
     return EmulatedDetector(boards, planted)
 
 
@@ -278,6 +323,9 @@ def _plant(args: argparse.Namespace, boards: dict[int, Wiring]) -> Planted:
     return Planted(
         planter.dead_chips(args.dead_chips) if args.dead_chips else [],
         planter.broken_links(args.broken_links) if args.broken_links else [],
+        planter.any_links(args.one_way_links) if args.one_way_links else [],
+        planter.any_links(args.flipping_links) if args.flipping_links else [],
+        planter.impostors(args.impostors) if args.impostors else [],
         planter.stuck_bits(args.stuck_bits, registers.defaults, registers.count) if args.stuck_bits else [],
         planter.channels(args.hot_channels, registers.channels) if args.hot_channels else [],
         planter.channels(args.dead_channels, registers.channels) if args.dead_channels else [],
@@ -293,6 +341,8 @@ def make_noise(args: argparse.Namespace, io_group: int) -> Noise:
         dead=[chip for group, chip in planted.dead_chips if group == io_group],
         stuck=[(fault[0][1], *fault[1:]) for fault in planted.stuck_bits if fault[0][0] == io_group],
         powered=args.power_on,
+        flips=args.flips,
+        seed=args.seed * 256 + io_group,
     )
     channels = Channels(len(wiring.keys), chips.map.channels, [args.seed, 2, io_group])
     for (group, chip), channel in planted.hot_channels:

@@ -157,6 +157,10 @@ class Network(Chain):
         self._entries: dict[int, list[tuple[int, int]]] = {}
         for io_channel, chip, receiver in wiring.entries:
             self._entries.setdefault(io_channel, []).append((chip, receiver))
+        self._also, self._flipping = wiring.also, wiring.flipping
+        #: Number of links that flip bits on the way: of words by (io_channel, chip), and of a chip's answers.
+        self.flips_to: dict[tuple[int, int], int] = {}
+        self.flips_from: dict[int, int] = {}
         self._exits: list[list[tuple[int, int]]] = [[] for _ in wiring.keys]
         for chip, uart, io_channel in wiring.exits:
             self._exits[chip].append((uart, io_channel))
@@ -165,27 +169,35 @@ class Network(Chain):
     def listeners(self, io_channel: int, chip_id: int) -> list[int]:
         by_id: dict[int, list[int]] = {}
         ticks = self._ticks_to_chips(io_channel)
-        # chips to visit: the chip, the UART that receives the words, and the mask of the chip_ids on their path
-        queue = [(chip, receiver, 0) for chip, receiver in self._entries.get(io_channel, ())]
+        # chips to visit: the chip, the UART that receives the words, the mask of the chip_ids on their path, and the
+        # number of links there that flip bits
+        queue = [(chip, receiver, 0, 0) for chip, receiver in self._entries.get(io_channel, ())]
         visited = set()
         while queue:
-            chip, receiver, path_ids = queue.pop()
+            chip, receiver, path_ids, flips = queue.pop()
             self._reached_from[chip].add(io_channel)
             if chip in visited or not self._receives(chip, receiver) or self._ticks(chip) != ticks:
                 continue
             visited.add(chip)
             own_id, senders = int(self._registers[chip, self._id]), int(self._registers[chip, self._upstream])
-            if not path_ids >> own_id & 1 and own_id != BROADCAST:
-                by_id.setdefault(own_id, []).append(chip)
+            ids = {own_id, self._also.get(chip, own_id)} - {BROADCAST}
+            for taken in ids:
+                if not path_ids >> taken & 1:
+                    by_id.setdefault(taken, []).append(chip)
+                path_ids |= 1 << taken
             by_id.setdefault(BROADCAST, []).append(chip)
+            self.flips_to[io_channel, chip] = flips
             for uart, neighbour, neighbour_uart in self._wires[chip]:
                 if senders >> uart & 1:
-                    queue.append((neighbour, neighbour_uart, path_ids | 1 << own_id))
+                    flipped = (chip, neighbour) in self._flipping
+                    queue.append((neighbour, neighbour_uart, path_ids, flips + flipped))
         return self._enter_listeners(io_channel, by_id).get(chip_id, [])
 
     def exits(self, chip: int) -> list[int]:
         io_channels = []
         queue, visited = [chip], {chip}
+        flips = {chip: 0}
+        self.flips_from[chip] = 0
         ticks = self._ticks(chip)
         while queue:
             sender = queue.pop()
@@ -193,13 +205,24 @@ class Network(Chain):
             for uart, io_channel in self._exits[sender]:
                 if uarts >> uart & 1 and self._ticks_from_chips(io_channel) == ticks:
                     io_channels.append(io_channel)
+                    self.flips_from[chip] = flips[sender]
             for uart, neighbour, receiver in self._wires[sender]:
                 if uarts >> uart & 1 and neighbour not in visited and self._receives(neighbour, receiver):
                     visited.add(neighbour)
+                    flips[neighbour] = flips[sender] + ((sender, neighbour) in self._flipping)
                     if self._ticks(neighbour) == ticks:
                         queue.append(neighbour)
-        self.leaves[chip] = PathEnd.SEVERAL if len(io_channels) > 1 else io_channels[0] if io_channels else PathEnd.NONE
+        direct = len(io_channels) < 2 and not self.flips_from[chip]
+        self.leaves[chip] = (io_channels[0] if io_channels else PathEnd.NONE) if direct else PathEnd.SEVERAL
         return io_channels
+
+    def _enter_listeners(self, io_channel: int, by_id: dict[int, list[int]]) -> dict[int, list[int]]:
+        super()._enter_listeners(io_channel, by_id)
+        if self._flipping:
+            for chip_id, chips in by_id.items():
+                if any(self.flips_to[io_channel, chip] for chip in chips):
+                    self.hears[io_channel, chip_id] = PathEnd.SEVERAL
+        return by_id
 
     def _receives(self, chip: int, uart: int) -> bool:
         return bool(self._alive[chip] and int(self._registers[chip, self._posi]) >> uart & 1)
@@ -229,10 +252,22 @@ class Wiring:
     exits: list[tuple[int, int, int]] = field(default_factory=list)
     #: Links of the configured network: the chip nearer to the board, the chip behind it.
     tree: list[tuple[int, int]] = field(default_factory=list)
+    #: Chips that also take words for another chip_id, and that chip_id.
+    also: dict[int, int] = field(default_factory=dict)
+    #: Sender and receiver of wires that flip a bit of some words.
+    flipping: set[tuple[int, int]] = field(default_factory=set)
 
     def cut(self, a: int, b: int) -> None:
         """Remove all wires between two chips."""
         self.wires = [wire for wire in self.wires if {wire[0], wire[2]} != {a, b}]
+
+    def cut_one_way(self, sender: int, receiver: int) -> None:
+        """Remove the wires from one chip to another, and keep those back."""
+        self.wires = [wire for wire in self.wires if (wire[0], wire[2]) != (sender, receiver)]
+
+    def links(self) -> list[tuple[int, int]]:
+        """Return the pairs of chips with wires between them."""
+        return sorted({(min(a, b), max(a, b)) for a, _, b, _ in self.wires})
 
 
 class Field(NamedTuple):

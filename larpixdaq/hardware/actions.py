@@ -18,6 +18,7 @@ from larpixdaq.hardware import network_bringup
 from larpixdaq.hardware.board_commands import NO_REVISION, BoardOrders
 from larpixdaq.hardware.board_setup import RegisterActions
 from larpixdaq.hardware.chip_state import ChipState, short_list
+from larpixdaq.hardware.discovery_action import DiscoveryActions
 from larpixdaq.hardware.pacman_registers import (
     CLOCK,
     CLOCK_CONTROL,
@@ -60,12 +61,14 @@ _TRIES: Final = 3
 
 def act(chips: ChipState, action: str, params: dict[str, Any], progress: Progress) -> Any:
     """Carry out an action, one of constants.HARDWARE_ACTIONS, with these arguments by name. Returns its result."""
+    boards = BoardActions(chips.link, chips.invalidate, progress, chips.dacs)
     groups = (
         ChipActions(chips, progress),
-        BoardActions(chips.link, chips.invalidate, progress, chips.dacs),
+        boards,
         RegisterActions(chips.link, chips.invalidate, chips.dacs),
         PowerActions(chips.link, chips.invalidate, progress, chips.dacs),
         LayoutActions(chips.layout),
+        DiscoveryActions(chips, boards.orders, boards.reset, progress),
     )
     method = next(getattr(actions, action) for actions in groups if hasattr(actions, action))
     signature = inspect.signature(method)

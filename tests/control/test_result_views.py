@@ -103,6 +103,34 @@ def test_an_empty_histogram():
     parsed(answered("adc_histogram", empty)._repr_html_())
 
 
+NETWORK = {
+    "ok": False,
+    "file": "found.json",
+    "chips": 4,
+    "missing": 2,
+    "faults": ["io_group 1 tile 0: no answer from chip 16", SCRIPT],
+    "state": "reset",
+    "seconds": 1.5,
+    "tiles": [
+        {
+            "io_group": 1, "tile": 0, "rows": 2, "columns": 3, "first_id": 11, "row_step": 3, "faults": 2,
+            "network": [[11, 1, 0], [14, 2, 0], [12, 1, 11], [13, 1, 12]], "excluded": [15],
+            "broken": [], "one_way": [[14, 11]], "bad_links": [[-1, 15]],
+        }
+    ],
+}  # fmt: skip
+
+
+def test_a_network_as_a_picture():
+    lines = answered("discover_network", NETWORK).readable(1).splitlines()
+    assert lines[0] == "4 chips found on 1 tiles, 2 positions without a chip, 2 faults, 1.5 s"
+    assert lines[2:4] == NETWORK["faults"]
+    at = lines.index("io_group 1 tile 0: 4 of 6 chips (io_channel 1: 3, io_channel 2: 1)")
+    assert lines[at + 1 : at + 4] == ["   11 =1-1-1", "       ^", "   14 =2 x ."]
+    document = parsed(answered("discover_network", NETWORK)._repr_html_())
+    assert len(document.getElementsByTagName("circle")) == 6 + 1  # chips, and the end of the link that hears
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -116,7 +144,7 @@ def test_an_empty_histogram():
     ],
 )
 def test_another_form_is_shown_like_any_result(value):
-    for action in ("adc_histogram", "pixel_map"):
+    for action in ("adc_histogram", "pixel_map", "discover_network"):
         view = view_of(action, None)
         assert view.text(value)
         parsed(view.html(value))
@@ -151,7 +179,7 @@ def test_texts_are_escaped():
     )
 )
 def test_any_value(value):
-    for action in ("status", "adc_histogram", "pixel_map"):
+    for action in ("status", "adc_histogram", "pixel_map", "discover_network"):
         html = view_of(action, None).html(value)
         assert not set(re.findall(r"</?([a-zA-Z]+)", html)) - {"pre", "table", "tr", "th", "td", "div", "b"}
 
