@@ -20,6 +20,7 @@ _COMMANDS: Final = {
     "log": ("log", "log-level"),
     "catalogue": ("runs", "comment", "attach", "shifter"),
     "run_sequence": ("run",),
+    "qc": ("qc",),
     "files": ("verify", "recover", "info"),
     "plot": ("plot", "hot"),
     "shell": ("shell",),

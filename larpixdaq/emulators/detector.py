@@ -46,6 +46,7 @@ _CHIP: Final = r"(\d+-\d+-\d+)"
 _CHANNEL: Final = re.compile(rf"{_CHIP}-(\d+)")
 _LINK: Final = re.compile(rf"{_CHIP}/{_CHIP}")
 _IMPOSTOR: Final = re.compile(rf"{_CHIP}=(\d+)")
+_NOISY: Final = re.compile(rf"{_CHIP}/{_CHIP}=([0-9.eE+-]+)")
 _STUCK: Final = re.compile(rf"{_CHIP}:(\d+)\.([0-7])=([01])")
 
 
@@ -73,6 +74,7 @@ class EmulatedDetector(NamedTuple):
             ],
             "hot_channels": [f"{key(chip)}-{channel}" for chip, channel in planted.hot_channels],
             "dead_channels": [f"{key(chip)}-{channel}" for chip, channel in planted.dead_channels],
+            "noisy_links": [f"{key(a)}/{key(b)}={share:g}" for a, b, share in planted.noisy_links],
         }
         return {name: values for name, values in faults.items() if values}
 
@@ -121,6 +123,8 @@ class Planted(NamedTuple):
     #: Chip, channel.
     hot_channels: list[tuple[Chip, int]]
     dead_channels: list[tuple[Chip, int]]
+    #: The chip nearer to the board, the chip behind it, fraction of bits towards the board that flip.
+    noisy_links: list[tuple[Chip, Chip, float]]
 
 
 class Planter:
@@ -162,6 +166,18 @@ class Planter:
             if not 0 < chip_id < network.BROADCAST:
                 raise UsageError(f"impostor: chip_id {chip_id}: expected 1 to {network.BROADCAST - 1}")
         return parts
+
+    def noisy_links(self, text: str) -> list[tuple[Chip, Chip, float]]:
+        links = []
+        for a, b, share in self._parse(text, _NOISY, "CHIP/CHIP=F"):
+            (io_group, nearer), (_, behind) = link = self._chip(a), self._chip(b)
+            if (nearer, behind) not in self._boards[io_group].tree:
+                raise UsageError(f"noisy link {a}/{b}: no link of the network, with the chip nearer to the board first")
+            try:
+                links.append((*link, fraction(share)))
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                raise UsageError(f"noisy link {a}/{b}: {error}") from None
+        return links
 
     def stuck_bits(self, text: str, defaults: Any, registers: int) -> list[tuple[Chip, int, int, int]]:
         """Bits that the seed chooses are stuck at the opposite of their power-up values, so that they are noticed."""
@@ -257,6 +273,13 @@ def add_arguments(parser: argparse.ArgumentParser, tile_channels: int = network.
         metavar="F",
         help="fraction of words that --flipping-links change (default %(default)s)",
     )
+    add(
+        "--noisy-links",
+        type=str,
+        metavar="LIST",
+        help="links that flip a fraction of the bits of the words towards the board: CHIP/CHIP=F,... with the chip "
+        "nearer to the board first",
+    )
     add("--bug-512", action="store_true", help="each 512th word to the chips of a board gets lost")
     add(
         "--truth",
@@ -272,7 +295,7 @@ def check_arguments(args: argparse.Namespace) -> EmulatedDetector:
     Raises UsageError if options exclude each other, ConfigError and FileError for the file of --chips.
     """
     if args.chips is None:
-        options = ["write-network", "power-on", "bug-512", "truth"]
+        options = ["write-network", "power-on", "noisy-links", "bug-512", "truth"]
         options += [name for name, *_ in (*PLANTED_OPTIONS, *LOSS_OPTIONS)]
         for name in options:
             if getattr(args, name.replace("-", "_")):
@@ -329,6 +352,7 @@ def _plant(args: argparse.Namespace, boards: dict[int, Wiring]) -> Planted:
         planter.stuck_bits(args.stuck_bits, registers.defaults, registers.count) if args.stuck_bits else [],
         planter.channels(args.hot_channels, registers.channels) if args.hot_channels else [],
         planter.channels(args.dead_channels, registers.channels) if args.dead_channels else [],
+        planter.noisy_links(args.noisy_links) if args.noisy_links else [],
     )
 
 
@@ -369,9 +393,19 @@ def make_registers(args: argparse.Namespace, revision: EmulatedRevision, chips: 
 
 
 def make_losses(args: argparse.Namespace, io_group: int) -> Losses:
-    """Make the losses of configuration words of one board."""
+    """Make the losses of configuration words of one board, and its noisy links."""
+    wiring = args.detector.boards[io_group]
+    flips: dict[tuple[int, int], float] = {}
+    for (group, _), (_, behind), share in args.detector.planted.noisy_links:
+        if group == io_group:
+            for key in wiring.behind(behind):
+                flips[key] = 1 - (1 - flips.get(key, 0.0)) * (1 - share)
     return Losses(
-        bug_512=args.bug_512, lose=args.lose_answers, double=args.double_answers, seed=args.seed * 256 + io_group
+        bug_512=args.bug_512,
+        lose=args.lose_answers,
+        double=args.double_answers,
+        flips=flips,
+        seed=args.seed * 256 + io_group,
     )
 
 

@@ -257,6 +257,13 @@ class Wiring:
     #: Sender and receiver of wires that flip a bit of some words.
     flipping: set[tuple[int, int]] = field(default_factory=set)
 
+    def behind(self, chip: int) -> list[tuple[int, int]]:
+        """Return the keys of a chip and of all chips behind it in the configured network."""
+        chips = [chip]
+        for at in chips:  # grows
+            chips += [child for parent, child in self.tree if parent == at]
+        return [self.keys[at] for at in chips]
+
     def cut(self, a: int, b: int) -> None:
         """Remove all wires between two chips."""
         self.wires = [wire for wire in self.wires if {wire[0], wire[2]} != {a, b}]

@@ -287,6 +287,7 @@ class EmulatedTile:
         self._enqueue(self._hit_words(self.noise.pulse(chip, step, self.tick)))
 
     def _enqueue(self, words: NDArray[Any]) -> None:
+        words = self.losses.flip_bits(words)
         free = MEMORY - self._n_queued
         if len(words) > free:
             self.overflowed += len(words) - free
@@ -348,11 +349,24 @@ class TileBoard(EmulatedBoard):
 class Losses:
     """Losses of configuration words: each 512th to the chips with `bug_512`, and fractions of the answers.
 
-    `lose`: fraction of answers lost. `double`: fraction of answers sent twice. `counts`: words that were affected.
+    `lose`: fraction of answers lost. `double`: fraction of answers sent twice. `flips`: fraction of bits that flip in
+    packets of a chip, by io_channel and chip_id. `counts`: words, and bits, that were affected.
     """
 
-    def __init__(self, *, bug_512: bool = False, lose: float = 0.0, double: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        bug_512: bool = False,
+        lose: float = 0.0,
+        double: float = 0.0,
+        flips: dict[tuple[int, int], float] | None = None,
+        seed: int = 0,
+    ) -> None:
         self.counts = {"words_lost": 0, "answers_lost": 0, "answers_doubled": 0}
+        self._flips = np.zeros((256, 256))
+        for key, share in (flips or {}).items():
+            self.counts["bits_flipped"] = 0
+            self._flips[key] = share
         self._bug_512 = bug_512
         self._lose = lose
         self._double = double
@@ -380,6 +394,22 @@ class Losses:
         self.counts["answers_lost"] += int(lost.sum())
         self.counts["answers_doubled"] += int(doubled.sum())
         return np.repeat(words, np.where(lost, 0, 1 + doubled))
+
+    def flip_bits(self, words: NDArray[Any]) -> NDArray[Any]:
+        """Return these words (dtype WORD) with the flipped bits of noisy links."""
+        if "bits_flipped" not in self.counts:
+            return words
+        head, packets = words["head"], words["packet"].copy()
+        shifted = head >> np.uint64(8), packets >> np.uint64(2)
+        io_channel, chip_id = ((part & np.uint64(0xFF)).astype(np.intp) for part in shifted)
+        shares = self._flips[io_channel, chip_id]
+        (noisy,) = np.nonzero((head & np.uint64(0xFF) == ord("D")) & (shares > 0))
+        flipped = self._random.random((len(noisy), 64)) < shares[noisy, None]
+        self.counts["bits_flipped"] += int(flipped.sum())
+        packets[noisy] ^= np.packbits(flipped, axis=1, bitorder="little").view("<u8")[:, 0]
+        changed: NDArray[Any] = words.copy()
+        changed["packet"] = packets
+        return changed
 
 
 def make_packets(

@@ -138,6 +138,7 @@ class RequestWorker:
             return hardware.ActionFailed(request.request, _one_line(text))
         chips = self._chip_state()
         controller = chips.controller()
+        before = chips.triggers_on()
         try:
             answer = routine.func(controller, reports.send_data, reports.send_info, *args, **kwargs)
         except IndexError as error:
@@ -152,7 +153,8 @@ class RequestWorker:
             return hardware.ActionFailed(request.request, _one_line(text))
         controller, value = answer
         chips.take_over(controller)
-        return hardware.Result(request.request, value, reports.left_out())
+        texts = [_left_on(chips.triggers_on() - before), reports.left_out()]
+        return hardware.Result(request.request, value, "; ".join(filter(None, texts)))
 
 
 class _Reports:
@@ -184,6 +186,17 @@ class _Reports:
 
     def left_out(self) -> str:
         return f"{self._dropped} progress reports were left out" if self._dropped else ""
+
+
+def _left_on(triggers: set[tuple[str, str]]) -> str:
+    """Return a text about the triggers that a routine has left on, "" without any."""
+    from larpixdaq.hardware.chip_state import short_list
+
+    texts = []
+    for kind in sorted({kind for kind, _ in triggers}):
+        keys = sorted(key for other, key in triggers if other == kind)
+        texts.append(f"{kind} of {len(keys)} chips ({short_list(keys)})")
+    return f"the routine has left on: {', '.join(texts)}" if texts else ""
 
 
 def _one_line(text: str) -> str:

@@ -25,6 +25,15 @@ from larpixdaq.schema import key_of, parse_key
 
 #: Maximum chip keys in a message.
 _NAMED: Final = 5
+#: Registers that let a chip send without a signal: what they switch on, and whether they do so with 0.
+_TRIGGERS: Final = {
+    "enable_periodic_trigger": ("periodic triggers", False),
+    "enable_rolling_periodic_trigger": ("rolling triggers", False),
+    "enable_cross_trigger": ("cross triggers", False),
+    "cross_trigger_mode": ("cross triggers", False),
+    "external_trigger_mask": ("external triggers", True),
+    "csa_testpulse_enable": ("test pulses", True),
+}
 
 
 def short_list(keys: list[str]) -> str:
@@ -215,6 +224,19 @@ class ChipState:
         if indices:
             self.wanted[indices] = self.registers.values_of_all(configs)
         self._controller = controller
+
+    def triggers_on(self) -> set[tuple[str, str]]:
+        """Return what is on by the wanted values: (periodic triggers or others, chip key)."""
+        names = [name for name in _TRIGGERS if name in self.registers.addresses]
+        if not len(self.wanted) or not names:
+            return set()
+        on = set()
+        for name, values in self.registers.values_by_name(self.wanted, names).items():
+            text, zero = _TRIGGERS[name]
+            table = np.array(values).reshape(len(self.wanted), -1)
+            marked = (table == 0 if zero else table != 0).any(axis=1)
+            on |= {(text, self.key(index)) for index in np.flatnonzero(marked).tolist()}
+        return on
 
     def invalidate(self, io_groups: list[int]) -> None:
         """Forget the confirmed values of these boards' chips, here and in the producer.

@@ -6,15 +6,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from larpixdaq.errors import ConfigError
 from larpixdaq.routines import Routine
 from larpixdaq.routines.kit import report
+from larpixdaq.routines.kit.chips import left_off
 from larpixdaq.routines.kit.measurement import LineLoads
 from larpixdaq.routines.kit.threshold_search import FINE, TOLERANCE, Thresholds
-from larpixdaq.runtime.units import utc_name
 
 
 def _calibrate(
@@ -44,7 +40,7 @@ def _calibrate(
     trim; 0 keeps all thresholds as low as possible.
 
     Result: "thresholds" {chip: value}; "trims" {chip: [value, ...]}; "disable" {chip: [channel, ...]}, too noisy at the
-    highest trim; "dead" {chip: [channel, ...]} and "silent_chips", without any hit; "rates_before_hz" and
+    highest trim, or left off; "dead" {chip: [channel, ...]} and "silent_chips", without any hit; "rates_before_hz" and
     "rates_after_hz" {chip: [Hz, ...]}; "live", the number of channels that are neither left off, disabled nor dead, and
     "within", the number of them with rates from 0.8 LOW to 1.2 HIGH; "files", the report as JSON and as a picture, in
     DIRECTORY of the producer's machine, or "no_picture", the reason why there is no picture (it needs the extra
@@ -62,10 +58,7 @@ def _calibrate(
     begin = time.monotonic()
     search = Thresholds(controller, send_info, chips, low, high)
     selected = search.chips
-    for key, channels in (leave_off or {}).items():
-        if key not in selected.keys or not all(0 <= channel < selected.channels for channel in channels):
-            raise ValueError(f"leave_off: {key}: expected a chip and its channels, found {channels}")
-        search.off[selected.keys.index(key), channels] = True
+    search.off |= left_off(leave_off, selected.keys, selected.channels, selected.keys)
     _must_fit(search, low)
     applied = False
     with selected.untriggered():
@@ -87,6 +80,7 @@ def _calibrate(
     live = ~(search.off | search.hot | dead)
     within = live & ~full & (choice.rates >= (2 - TOLERANCE) * low) & (choice.rates <= TOLERANCE * high)
     silent_or_off = dead | search.off
+    dead_by_chip = report.by_chip(selected.keys, dead)
     silent_chips = [key for index, key in enumerate(selected.keys) if silent_or_off[index].all() and dead[index].any()]
     saturated_after = sorted(
         {key.rpartition("-")[0] for key, saturated in zip(selected.keys, full, strict=True) if saturated}
@@ -100,25 +94,24 @@ def _calibrate(
         "within": int(within.sum()),
         "thresholds": dict(zip(selected.keys, search.threshold.tolist(), strict=True)),
         "trims": dict(zip(selected.keys, choice.trim.tolist(), strict=True)),
-        "disable": _by_chip(selected.keys, search.hot),
-        "dead": {key: channels for key, channels in _by_chip(selected.keys, dead).items() if key not in silent_chips},
+        "disable": report.by_chip(selected.keys, search.hot | search.off),
+        "dead": {key: channels for key, channels in dead_by_chip.items() if key not in silent_chips},
         "silent_chips": silent_chips,
         "saturated": search.saturated,
         "saturated_after": saturated_after,
         "rates_before_hz": dict(zip(selected.keys, before.round(3).tolist(), strict=True)),
         "rates_after_hz": dict(zip(selected.keys, after.round(3).tolist(), strict=True)),
     }
-    name = f"calibration_{utc_name(time.time())}"
     title = f"{result['within']:,} of {result['live']:,} live channels between {low:g} and {high:g} Hz"
     if saturated_after:
         title += f"; io_channels {', '.join(saturated_after)} are saturated, with higher rates than shown"
-    pictures = []
-    try:
-        pictures.append(report.draw(directory, name, before, after, low, high, title))
-    except ConfigError as error:
-        result["no_picture"] = str(error)
-        send_info(str(error))
-    result["files"] = [*pictures, report.write(directory, name, result)]
+
+    def draw(figure: Any) -> None:
+        report.draw_rates(figure, before, after, low, high, title)
+
+    result.update(report.write(directory, "calibration", result, draw))
+    if "no_picture" in result:
+        send_info(result["no_picture"])
     return controller, result
 
 
@@ -135,10 +128,6 @@ def _must_fit(search: Thresholds, low: float) -> None:
                 f"low: {n:,} channels of io_channel {name} at {low:g} Hz are {low * n:,.0f} packets/s; "
                 f"it carries {capacity:,.0f}"
             )
-
-
-def _by_chip(keys: list[str], marked: NDArray[np.bool_]) -> dict[str, list[int]]:
-    return {key: np.flatnonzero(row).tolist() for key, row in zip(keys, marked, strict=True) if row.any()}
 
 
 registration = {"calibrate": Routine("calibrate", _calibrate)}

@@ -8,12 +8,9 @@ from typing import Any
 import numpy as np
 
 from larpixdaq.routines import Routine
-from larpixdaq.routines.kit import NATURAL, Chips, Hits, collect
-
-#: Value of the pulser's DAC before a pulse. A pulse is a fall of the DAC.
-_HIGH = 255
-#: Seconds until the hits of a pulse have arrived.
-_WAIT = 0.05
+from larpixdaq.routines.kit import Chips
+from larpixdaq.routines.kit.pulses import HIGH, Pulser
+from larpixdaq.routines.kit.report import Report, by_chip
 
 
 def _test_pulse(
@@ -24,60 +21,69 @@ def _test_pulse(
     channels: list[int] | None = None,
     amplitude: int = 30,
     pulses: int = 10,
+    leave_off: dict[str, list[int]] | None = None,
+    least_seen: float | None = 0.9,
+    most_seen: float | None = 1.1,
+    raise_by: int = 0,
+    directory: str | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Sends PULSES test pulses to CHANNELS of CHIPS, one chip after the other, and measures the packets.
+    """Sends PULSES test pulses to CHANNELS of CHIPS, and measures the packets.
 
-    CHIPS: a chip key, a list of chip keys, or None for all chips. CHANNELS: a list, or None for all channels. AMPLITUDE
-    (1 to 255): counts by which the pulser's DAC falls. Other channels are masked and other triggers are off meanwhile.
-    The registers of the chips are restored.
+    CHIPS: a chip key, a list of chip keys, or None for all chips. CHANNELS: a list, or None for all channels, without
+    LEAVE_OFF {chip: [channel, ...]}. AMPLITUDE (1 to 255): counts by which the pulser's DAC falls. Other channels are
+    masked, other triggers are off, and the global thresholds go up by RAISE_BY meanwhile, because near the noise other
+    hits come between the pulses. The registers of the chips are restored. A channel is bad that has
+    packets for less than LEAST_SEEN of the pulses, or for more than MOST_SEEN.
 
-    Result: "chips" {chip: {channel: {"pulses": number of packets, "mean": ADC counts, None without packets}}};
-    "left_out", packets that were not analysed; "saturated", io_channels that sent as much as their line carries, so
-    that packets are missing.
+    Result: "chips" {chip: {channel: {"pulses": number of packets, "mean", "error": ADC counts, None without packets}}};
+    "bad", "disable", "limits" as of pedestal; "left_out", packets that were not analysed; "saturated", io_channels that
+    sent as much as their line carries, so that packets are missing. With DIRECTORY, on the producer's machine: "files",
+    the result as JSON and a picture.
     """
-    if not 1 <= amplitude <= _HIGH or pulses < 1:
-        raise ValueError(f"amplitude, pulses: expected 1 to {_HIGH} and at least 1, found {amplitude} and {pulses}")
+    if not 1 <= amplitude <= HIGH or pulses < 1:
+        raise ValueError(f"amplitude, pulses: expected 1 to {HIGH} and at least 1, found {amplitude} and {pulses}")
     selected = Chips(controller, chips)
     wanted = list(range(selected.channels)) if channels is None else channels
     unknown = [channel for channel in wanted if not 0 <= channel < selected.channels]
     if unknown:
         raise ValueError(f"channels: expected 0 to {selected.channels - 1}, found {unknown}")
-    masked = np.ones(selected.channels, np.int64)
-    masked[wanted] = 0
-    by_chip: dict[str, Any] = {}
-    saturated: set[str] = set()
-    left_out = 0
-    for number, key in enumerate(selected.keys):
-        send_info(f"chip {key}", number, len(selected))
-        chip = Chips(controller, key)
-        with chip.restored(), chip.untriggered():
-            chip.set(mask=masked[None], testpulse_enable=masked[None], testpulse_dac=_HIGH)
-            measured = _pulsed(controller, chip, amplitude, pulses)
-        saturated.update(measured.saturated)
-        left_out += measured.left_out
-        hits = measured.hits[measured.hits["trigger"] == NATURAL]
-        n = np.bincount(hits["channel"], minlength=selected.channels)
-        total = np.bincount(hits["channel"], hits["adc"], selected.channels)
-        by_chip[key] = {
+    off = selected.off(leave_off)
+    others = np.ones(selected.channels, np.bool_)
+    others[wanted] = False
+    with selected.restored(), selected.untriggered():
+        selected.raise_thresholds(raise_by)
+        send_info(f"{pulses} pulses to {len(selected)} chips", 0, 1)
+        measured = Pulser(selected, off | others).send(amplitude, pulses)
+    with np.errstate(invalid="ignore"):
+        error = measured.std / np.sqrt(measured.hits)
+    report = Report("test_pulse", selected.keys, off | others)
+    report.add("seen", measured.seen(), "of the pulses", low=least_seen, high=most_seen)
+    report.add("mean", measured.mean, "ADC counts")
+    found = {
+        key: {
             str(channel): {
-                "pulses": int(n[channel]),
-                "mean": round(float(total[channel] / n[channel]), 3) if n[channel] else None,
+                "pulses": int(measured.hits[at, channel]),
+                "mean": _number(measured.mean[at, channel]),
+                "error": _number(error[at, channel]),
             }
             for channel in wanted
+            if not off[at, channel]
         }
-    result = {"amplitude": amplitude, "chips": by_chip, "left_out": left_out, "saturated": sorted(saturated)}
+        for at, key in enumerate(selected.keys)
+    }
+    result = report.result() | {
+        "amplitude": amplitude,
+        "chips": found,
+        "disable": by_chip(selected.keys, report.bad() | off),
+        "left_out": measured.left_out,
+        "saturated": measured.saturated,
+    }
+    report.write(directory, result, f"{pulses} test pulses of {amplitude} DAC counts")
     return controller, result
 
 
-def _pulsed(controller: Any, chip: Chips, amplitude: int, pulses: int) -> Hits:
-    """Returns the hits of one chip while its DAC falls `pulses` times."""
-
-    def fall() -> None:
-        for _ in range(pulses):
-            chip.set(testpulse_dac=_HIGH - amplitude)
-            chip.set(testpulse_dac=_HIGH)
-
-    return collect(controller, chip.keys, _WAIT, act=fall)
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 3)
 
 
 registration = {"test_pulse": Routine("test_pulse", _test_pulse)}

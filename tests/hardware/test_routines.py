@@ -336,7 +336,8 @@ def test_directories_below_the_allowed_ones_can_be_added(child, folder, tmp_path
 
 
 def test_params_of_routines_without_a_list_are_those_of_the_signature():
-    assert routines.init_routines()["pedestal"].params == ["chips", "samples", "trigger_hz"]
+    params = routines.init_routines()["pedestal"].params
+    assert params[:4] == ["chips", "samples", "trigger_hz", "leave_off"]
     assert routines.Routine("two", lambda controller, send_data, send_info, *args: None).params is None
 
 

@@ -77,8 +77,7 @@ def calibrated(world, monkeypatch, **options):
     """Return the result, and by channel the true final rate, disabled, dead."""
     monkeypatch.setattr(threshold_search, "Chips", FakeChips)
     monkeypatch.setattr(threshold_search, "rates", world.rates)
-    monkeypatch.setattr(report, "draw", lambda *args: "")
-    monkeypatch.setattr(report, "write", lambda *args: "")
+    monkeypatch.setattr(report, "write", lambda *args: {})
     function = calibrate.registration["calibrate"].func
     _, result = function(world, lambda *args: None, lambda *args: None, LOW, HIGH, apply=True, **options)
     found = [np.zeros_like(world.hot) for _ in range(2)]

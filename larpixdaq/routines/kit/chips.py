@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -25,7 +25,11 @@ NAMES: Final = {
     "cross_trigger": ("enable_cross_trigger", "cross_trigger_mode"),
     "testpulse_enable": ("csa_testpulse_enable",),
     "testpulse_dac": ("csa_testpulse_dac", "csa_testpulse_dac_amplitude"),
+    "vref": ("vref_dac",),
+    "vcm": ("vcm_dac",),
 }
+#: Counts of the chips' 8-bit DACs, and of the ADC of v2 chips.
+COUNTS: Final = 256
 #: Register values that switch off all triggers but natural ones.
 _UNTRIGGERED: Final = {"periodic_trigger": 0, "rolling_trigger": 0, "cross_trigger": 0, "external_trigger_mask": 1}
 
@@ -59,6 +63,16 @@ class Chips:
         """Number of channels of a chip."""
         return len(self.get("mask")[0])
 
+    @property
+    def registers(self) -> int:
+        """Number of registers of a chip."""
+        return int(self._sent.shape[1])
+
+    @property
+    def adc_counts(self) -> int:
+        """Number of ADC counts: 256 of v2 chips, which alone have vcm_dac, 1,024 of others."""
+        return COUNTS if self.has("vcm") else 1024
+
     def has(self, what: str) -> bool:
         """Whether these chips have a register of this name, one of NAMES."""
         return any(hasattr(self._configs[0], name) for name in NAMES[what])
@@ -82,6 +96,68 @@ class Chips:
                 new = new[:, None]
             self._put(name, np.broadcast_to(new, current.shape).tolist())
         self._send([self._name(what) for what in values] if resend else [])
+
+    def off(self, leave_off: Mapping[str, Sequence[int]] | None) -> NDArray[np.bool_]:
+        """Return which channels are in `leave_off` {chip: [channel, ...]}, shape (chips, channels).
+
+        Other chips of the Controller may be in it, too. ValueError names a chip or channel that does not exist.
+        """
+        return left_off(leave_off, self.keys, self.channels, [str(key) for key in self.controller.chips])
+
+    def open(self, leave_off: Mapping[str, Sequence[int]] | None) -> NDArray[np.bool_]:
+        """Mask the channels in `leave_off` and unmask all others; with None leave the masks, as unmasked().
+
+        Returns the masked channels, shape (chips, channels).
+        """
+        if leave_off is None:
+            return self.unmasked().get("mask").astype(np.bool_)
+        off = self.off(leave_off)
+        self.set(mask=off)
+        return off
+
+    def raise_thresholds(self, steps: int) -> None:
+        """Raise the global thresholds by `steps`, at most to 255; ValueError if it is not 0 to 255."""
+        if not 0 <= steps <= 255:
+            raise ValueError(f"raise_by: expected 0 to 255, found {steps}")
+        if steps:
+            self.set(threshold=np.minimum(self.get("threshold") + steps, 255))
+
+    def lines(self) -> list[str]:
+        """Return "io_group-io_channel" of each chip."""
+        return [key.rpartition("-")[0] for key in self.keys]
+
+    def adc_scale(self, vdda_mv: float) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """Return the voltage at ADC count 0 and the step of the ADC from vref_dac and vcm_dac, in mV, shape (chips, 1).
+
+        None for chips without these registers. `vdda_mv`: the analog supply, from which the DACs make the references.
+        """
+        if not (self.has("vref") and self.has("vcm")):
+            return None
+        low, high = (self.get(what)[:, None] * vdda_mv / COUNTS for what in ("vcm", "vref"))
+        return low, (high - low) / COUNTS
+
+    def pulser(self, high: int, low: int) -> Callable[[], None]:
+        """Return a function that lets the test pulse DAC of all chips fall from `high` to `low`, and rise again.
+
+        Now and after each call the DAC is `high`.
+        """
+        self.set(testpulse_dac=high)
+        risen, name = self._sent, self._name("testpulse_dac")
+        self._put(name, [low] * len(self))
+        fallen = self._data()
+        self._put(name, [high] * len(self))
+        marked = fallen != risen
+        io = self.controller.io
+
+        def pulse() -> None:
+            if hasattr(io, "write_registers"):  # set() would compare all registers of all chips
+                io.write_registers(self.keys, fallen, marked)
+                io.write_registers(self.keys, risen, marked)
+            else:
+                self.set(testpulse_dac=low)
+                self.set(testpulse_dac=high)
+
+        return pulse
 
     def unmasked(self) -> Chips:
         """Return these chips; ValueError names chips of which all channels are masked."""
@@ -181,6 +257,39 @@ class Chips:
             data: NDArray[np.uint8] = self.controller.io.registers.values_of_all(self._configs)
             return data
         return np.array([[bits.to01() for bits in _bits(config)] for config in self._configs])
+
+
+def left_off(
+    leave_off: Mapping[str, Sequence[int]] | None, keys: Sequence[str], channels: int, known: Sequence[str]
+) -> NDArray[np.bool_]:
+    """Return which channels are in `leave_off` {chip: [channel, ...]}, shape (keys, channels).
+
+    ValueError names a chip that is not in `known`, or a channel that a chip does not have.
+    """
+    off = np.zeros((len(keys), channels), np.bool_)
+    for key, listed in (leave_off or {}).items():
+        if key not in known or not all(0 <= channel < channels for channel in listed):
+            raise ValueError(f"leave_off: {key}: expected a chip and its channels, found {listed}")
+        if key in keys:
+            off[keys.index(key), list(listed)] = True
+    return off
+
+
+def per_channel(
+    what: str, values: Mapping[str, Sequence[float | None]] | None, keys: Sequence[str], channels: int
+) -> NDArray[np.float64]:
+    """Return `values` {chip: [value of each channel]} as an array, shape (keys, channels), NaN where none is known.
+
+    ValueError, with `what`, if a chip has another number of values.
+    """
+    result = np.full((len(keys), channels), np.nan)
+    for at, key in enumerate(keys):
+        row = (values or {}).get(key)
+        if row is not None:
+            if len(row) != channels:
+                raise ValueError(f"{what}: {key}: expected {channels} values, found {len(row)}")
+            result[at] = [np.nan if value is None else value for value in row]
+    return result
 
 
 def _bits(config: Any) -> list[Any]:
