@@ -23,6 +23,7 @@ from larpixdaq.runtime.file_access import add_lock_dir_argument, lock_directory
 from larpixdaq.storage.directory_lock import Lock, await_turn
 from larpixdaq.storage.limits import Limits, parse_limit
 from larpixdaq.storage.service import StorageService
+from larpixdaq.storage.sidecar import parse_template
 from larpixdaq.stream import Consumer
 from larpixdaq.stream.subscriber import SessionCheck
 
@@ -51,6 +52,8 @@ class Storage:
             limits=Limits.of(options.rotate),
             on_close=options.on_close,
             fsync=options.durability == "fsync",
+            raw=options.raw,
+            template=options.name_template,
         )
         self._info: dict[str, Any] = {"directory": str(self.directory.resolve())}
         self.node = Node(
@@ -159,6 +162,16 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         "after 600 s",
     )  # fmt: skip
     parser.add_argument(
+        "--raw", action="store_true",
+        help="also make a raw file of each finished file (NAME.raw.h5): the board messages, in the raw layout of "
+        "larpix-control",
+    )  # fmt: skip
+    parser.add_argument(
+        "--name-template", type=parse_template, metavar="TEMPLATE",
+        help="give each finished file a second name (hard link) in its directory, such as packet-{tag}-{start}: fields "
+        "{run}, {part}, {start} (UTC), {tag} (kind of the run) and {storage}",
+    )  # fmt: skip
+    parser.add_argument(
         "--durability", choices=("flush", "fsync"), default="flush",
         help="acknowledged data survive the death of any process (flush), or also a power cut (fsync, which waits for "
         "the disk) (default %(default)s)",
@@ -170,7 +183,10 @@ def own_options(options: argparse.Namespace) -> list[str]:
     """Make the options of add_own_arguments() again, for the command line of another process."""
     command = [f"--on-close={shlex.join(options.on_close)}"] if options.on_close else []
     locks = [f"--lock-dir={options.lock_dir}"] if options.lock_dir else []
-    return [*(f"--rotate={limit}" for limit in options.rotate), *command, f"--durability={options.durability}", *locks]
+    files = ["--raw"] if options.raw else []
+    files += [f"--name-template={options.name_template}"] if options.name_template else []
+    rotate = [f"--rotate={limit}" for limit in options.rotate]
+    return [*rotate, *command, *files, f"--durability={options.durability}", *locks]
 
 
 def _command(text: str) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ _COMMANDS: Final = {
     "catalogue": ("runs", "comment", "attach", "shifter"),
     "run_sequence": ("run",),
     "qc": ("qc",),
-    "files": ("verify", "recover", "info"),
+    "files": ("verify", "recover", "raw", "info"),
     "plot": ("plot", "hot"),
     "shell": ("shell",),
     "keys": ("keys",),

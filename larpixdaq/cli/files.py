@@ -1,4 +1,4 @@
-"""Commands `larpixdaq verify`, `recover` and `info`: check files, finish unfinished parts, and show the contents."""
+"""Commands `larpixdaq verify`, `recover`, `raw` and `info`: check files, finish parts, make raw files, show files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from rich.console import Console
 from larpixdaq import config
 from larpixdaq.cli.system import plain_console
 from larpixdaq.control.run_list import board_line, listed
-from larpixdaq.errors import FileLocked, LarpixDaqError, printable
-from larpixdaq.hdf5 import names, recovery, run_report
+from larpixdaq.errors import FileError, FileLocked, LarpixDaqError, printable
+from larpixdaq.hdf5 import names, raw_file, recovery, run_report
 from larpixdaq.hdf5 import verify as verification
 from larpixdaq.runtime.file_access import add_lock_dir_argument, lock_directory
 from larpixdaq.runtime.units import size, utc
+from larpixdaq.storage.sidecar import finish_raw
 
 
 def add_commands(commands: Any) -> None:
@@ -44,6 +45,18 @@ def add_commands(commands: Any) -> None:
     config.add_state_dir_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=recover)
+    parser = commands.add_parser(
+        "raw",
+        help="make raw files of finished files",
+        description="Makes a raw file (NAME.raw.h5) beside each finished file: its board messages, in the raw layout "
+        "of larpix-control, with a sidecar file. Raw files that exist are kept. Exit status 1 when any could not be "
+        "made. A storage with --raw does the same when it closes a file.",
+    )
+    parser.add_argument("paths", nargs="+", type=_path, metavar="PATH", help="a finished file, or a directory of runs")
+    add_lock_dir_argument(parser)
+    config.add_state_dir_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(function=raw)
     parser = commands.add_parser("info", help="what is in a file", description="Shows what is in a file.")
     parser.add_argument("file", type=_path, metavar="FILE")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -60,7 +73,7 @@ def verify(options: argparse.Namespace) -> int:
     console = plain_console(quiet=options.json)
     outcome = verification.verify_all(options.paths)
     for report in outcome.files:
-        _show(console, f"{report.path}: {'good' if report.ok else 'BAD'}, {report.rows} rows")
+        _show(console, f"{report.path}: {'good' if report.ok else 'BAD'}, {report.rows} {report.unit}")
         for line in report.findings + report.notes:
             _show(console, f"  {line}")
     for run in outcome.runs:
@@ -134,8 +147,37 @@ def _parts(paths: list[Path]) -> dict[Path, bool]:
     return parts
 
 
+def raw(options: argparse.Namespace) -> int:
+    console = plain_console(quiet=options.json)
+    lock_directory.use(options.lock_dir, options.state_dir)
+    files: dict[Path, None] = {}
+    for path in options.paths:
+        found = names.run_files(path) if path.is_dir() else [(0, "", path)]
+        files |= {file: None for _, ending, file in found if not ending or names.is_packet_file(file.name)}
+    ok = True
+    outcomes: dict[str, Any] = {}
+    for file in files:
+        try:
+            report = finish_raw(file)
+        except LarpixDaqError as error:
+            ok = False
+            outcomes[str(file)] = {"ok": False, "text": str(error)}
+            _show(console, str(error))
+            continue
+        facts = {"file": str(report.path), "messages": report.messages, "words": report.words, "bytes": report.bytes}
+        text = f"{report.path}: {report.messages} messages with {report.words} words, {size(report.bytes)}"
+        text += "" if report.made else ", was there already"
+        outcomes[str(file)] = {"ok": True, **facts, "text": text}
+        _show(console, text)
+    if options.json:
+        print(json.dumps({"ok": ok, "files": outcomes}))
+    elif not outcomes:
+        console.print("no finished file")
+    return 0 if ok else 1
+
+
 def info(options: argparse.Namespace) -> int:
-    facts = run_report.file_info(options.file)
+    facts = run_report.file_info(options.file) | {"raw": _raw_facts(options.file)}
     if options.json:
         print(json.dumps(facts))
         return 0
@@ -143,6 +185,16 @@ def info(options: argparse.Namespace) -> int:
     for name, text in _info_lines(facts):
         _show(console, f"{name:<16} {text}".rstrip())
     return 0
+
+
+def _raw_facts(packets: Path) -> dict[str, Any] | None:
+    """Return the number of messages and words in the raw file of a packet file; None without a raw file."""
+    path = raw_file.raw_path(packets)
+    try:
+        with raw_file.read_raw(path) as found:
+            return {"file": path.name} | {name: int(found.ledger[name].sum()) for name in ("messages", "words")}
+    except FileError:
+        return None
 
 
 def _info_lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -183,6 +235,8 @@ def _info_lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if (chips := facts["chips"])["number"]:
         yield "chips", "{number}, registers: {sent} sent, {read} read back, {different} different".format(**chips)
     yield "blocks", f"{facts['blocks']}, {facts['missing_blocks']} missing, {facts['duplicate_blocks']} duplicates"
+    if facts["raw"]:
+        yield "raw file", "{file}: {messages} messages with {words} words".format(**facts["raw"])
     if facts["unknown_words_kept"]:
         yield "unknown words", f"{facts['unknown_words_kept']} kept in /ledger/unknown"
     yield from listed("producers", facts["producers"])

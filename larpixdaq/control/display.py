@@ -283,7 +283,7 @@ def _storage(status: StorageStatus) -> list[str]:
     if status.duplicates:
         parts.append(f"{status.duplicates} duplicate blocks removed")
     if status.on_close_failed:
-        parts.append(f"--on-close failed for {status.on_close_failed} files")
+        parts.append(f"--on-close or --raw failed for {status.on_close_failed} files")
     return parts
 
 

@@ -156,7 +156,7 @@ SECTIONS: Final[dict[str, tuple[Metric, ...]]] = {
         _gauge("storage_paused", "storage", "1 if nothing is written, because the disk is full or fails"),
         _gauge("storage_unrecovered_files", "storage", "Parts that could not be recovered"),
         _counter("storage_duplicate_blocks", "storage", "Blocks that came twice and are stored once"),
-        _counter("storage_on_close_failures", "storage", "Files for which the command --on-close has failed"),
+        _counter("storage_on_close_failures", "storage", "Files for which --on-close or --raw has failed"),
         _gauge("disk_free_bytes", "storage", "Free space on its disk"),
         _gauge("disk_left_seconds", "storage", "Time until its disk is full at the present rate; only if known"),
     ),

@@ -203,6 +203,16 @@ TABLES: Final[dict[str, dict[str, Entry]]] = {
         "size": ("bytes", "size of the word"),
         "raw": ("", "the word"),
     },
+    "ledger/raw": {
+        "producer": ("", "name of the producer"),
+        "epoch": _SOURCE["epoch"],
+        "io_group": ("", "board, from 1"),
+        "messages": ("messages", "in /msgs"),
+        "words": ("words", "in these messages: the received words of the packet file, rows of types 0 to 3, 6 and 7"),
+        "bytes": ("bytes", "of these messages"),
+        "divided": ("messages", "continue the previous message of their io_group, with its time"),
+        "made_headers": ("messages", "have the time of their block, because their header is in no row of this part"),
+    },
 }  # fmt: skip
 
 

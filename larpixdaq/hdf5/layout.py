@@ -7,6 +7,7 @@ are variable-length strings, because larpix-control reads no others.
 Each dataset has an attribute `columns` with unit and meaning of each of its columns (columns.py, docs/files.md).
 
     /_header          attributes version, created, modified, asic_version, software (as in files of larpix-control)
+    /meta             attributes created, modified, run, subrun, data_stream, for file catalogues (metadata.py)
     /packets          rows, layout 1.0, 2.4 or 3.0; chunks shuffled and deflated
     /messages         texts of INFO messages: a row of type 5 has the index of its first row here in `counter`
     /configs          chip configurations in the form of larpix-control: sent values of registers, else read values
@@ -34,6 +35,7 @@ import contextlib
 import errno
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -220,8 +222,8 @@ def open_file(path: Path, mode: str, **options: Any) -> h5py.File:
         return h5py.File(path, mode, locking=False, **options)
 
 
-def create(path: Path, layout: schema.RowLayout, asic_version: str) -> h5py.File:
-    """Create a file with all datasets, ready to be written and read at the same time.
+def create(path: Path, layout: schema.RowLayout, asic_version: str, meta: Mapping[str, Any] | None = None) -> h5py.File:
+    """Create a file with all datasets, ready to be written and read at the same time. `meta`: attributes of /meta.
 
     FileError when the file exists already or cannot be created.
     """
@@ -231,7 +233,7 @@ def create(path: Path, layout: schema.RowLayout, asic_version: str) -> h5py.File
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         created = True
         file = open_file(path, "x", libver=LIBVER)
-        _fill(file, layout, asic_version)
+        _fill(file, layout, asic_version, meta or {})
     except (OSError, RuntimeError, ValueError) as error:  # h5py raises all three when a disk fails
         with contextlib.suppress(OSError, RuntimeError, ValueError):
             if file is not None:
@@ -279,7 +281,7 @@ def reopen(path: Path) -> h5py.File:
         raise FileError(f"cannot open {path}: {cause(error)}") from None
 
 
-def _fill(file: h5py.File, layout: schema.RowLayout, asic_version: str) -> None:
+def _fill(file: h5py.File, layout: schema.RowLayout, asic_version: str, meta: Mapping[str, Any]) -> None:
     now = time.time()
     header = file.create_group("_header")
     header.attrs["version"] = layout.version
@@ -287,6 +289,7 @@ def _fill(file: h5py.File, layout: schema.RowLayout, asic_version: str) -> None:
     header.attrs["modified"] = now
     header.attrs["asic_version"] = asic_version
     header.attrs["software"] = f"larpix-daq {VERSION}"
+    file.create_group("meta").attrs.update({"created": now, "modified": now, **meta})
     packets = file.create_dataset(
         "packets",
         shape=(0,),

@@ -18,6 +18,8 @@ PART: Final = ".h5.part"  # being written
 JOURNAL: Final = ".h5.journal"  # blocks that wait for their chunk
 FINISHED: Final = ".h5"
 SIDECAR: Final = ".json"  # beside a finished file: its size and checksum
+RAW: Final = ".raw.h5"  # raw file, made from a finished file
+RAW_PART: Final = ".raw.part"  # raw file that is being made
 
 _RUN: Final = rf"run(\d{{{RUN_DIGITS}}})"
 _FILE_NAME: Final = re.compile(_RUN + r"_(\d{8}T\d{6}Z)_(?:([A-Za-z0-9.-]+)_)?(\d{1,9})(\.h5|\.h5\.part|\.h5\.journal)")
@@ -51,6 +53,17 @@ def stem(run: int, started_ns: int, part: int, storage: str = "") -> str:
     """Make the file name without its ending. `started_ns`: unix ns; `storage`: empty for the first or only storage."""
     time = utc_name(started_ns // 1_000_000_000)
     return f"run{run:0{RUN_DIGITS}d}_{time}_{label(storage)}{'_' if storage else ''}{part:03d}"
+
+
+def is_packet_file(name: str) -> bool:
+    """Return whether a name is that of a finished file of a run, and not of a raw file."""
+    found = parse(name)
+    return found is not None and found.ending == FINISHED
+
+
+def claims_run(name: str) -> bool:
+    """Return whether a name begins like those of run files, from which run numbers are read."""
+    return re.match(_RUN + "_", name) is not None
 
 
 def label(storage: str) -> str:

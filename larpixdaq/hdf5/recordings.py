@@ -110,7 +110,7 @@ class RawFile:
 
     def __init__(self, path: Path, file: h5py.File) -> None:
         self.path = path
-        self._file = file
+        self.hdf5 = file
         messages = file["msgs"]
         if h5py.check_vlen_dtype(messages.dtype) != np.uint8:
             raise FileError(f"{path}: raw file without /msgs of bytes")
@@ -154,7 +154,7 @@ class RawFile:
         return np.ascontiguousarray(_read(self.path, "io_groups", self._headers, start, end)["io_groups"], np.uint8)
 
     def close(self) -> None:
-        self._file.close()
+        self.hdf5.close()
 
 
 class PacketFile:
@@ -209,7 +209,7 @@ class PacketFile:
         rows = self._read_piece(0)
         rows = rows[rows[self._type] != PacketType.MESSAGE]
         if self.asic == Asic.V1:
-            groups = _key_groups(rows["chip_key"], default)
+            groups = key_groups(rows["chip_key"], default)
         else:
             groups = np.empty(len(rows) if "io_group" in (rows.dtype.names or ()) else 0, np.uint8)
             if len(groups):
@@ -238,7 +238,7 @@ class PacketFile:
                 texts = [(int(positions[i]), text, int(seconds[i])) for i, text in found]
                 self.textless = lines.missing
             first += len(given)
-            groups = _key_groups(rows["chip_key"], default) if asic == Asic.V1 else rows["io_group"]
+            groups = key_groups(rows["chip_key"], default) if asic == Asic.V1 else rows["io_group"]
             if fits.all():
                 yield rows, np.ascontiguousarray(groups), 0, texts
             else:
@@ -451,7 +451,7 @@ def _copy(given: NDArray[Any], column: NDArray[Any]) -> NDArray[np.bool_]:
     return np.asarray(fits)
 
 
-def _key_groups(keys: NDArray[np.bytes_], default: int) -> NDArray[np.uint8]:
+def key_groups(keys: NDArray[np.bytes_], default: int) -> NDArray[np.uint8]:
     """Extract the io_groups of chip keys "io_group-io_channel-chip_id"; `default` for other texts."""
     names, which = np.unique(keys, return_inverse=True)
     groups = np.full(len(names), default, np.uint8)

@@ -21,6 +21,7 @@ from larpixdaq.constants import RunCondition
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import layout, ledger, names, run_report
 from larpixdaq.hdf5.ledger import describe_group, describe_origin
+from larpixdaq.hdf5.raw_file import verify_raw
 from larpixdaq.hdf5.reader import PIECE_ROWS, DataFile
 from larpixdaq.hdf5.recordings import chip_generation, copy_columns
 from larpixdaq.hdf5.run_report import RunReport
@@ -60,6 +61,7 @@ class VerifyReport(NamedTuple):
     notes: list[str]  # facts that are no fault
     open: list[str]  # findings that other parts may answer: ends or blocks that did not come
     run: tuple[int, str] | None  # number and storage; None without a ledger
+    unit: str = "rows"  # what `rows` counts: rows, or words of a raw file
 
     @property
     def ok(self) -> bool:
@@ -83,6 +85,8 @@ def verify(path: Path | str) -> VerifyReport:
     findings = Findings()
     notes: list[str] = []
     condition, rows, run = "", 0, None
+    if path.name.endswith(names.RAW):
+        return _verify_raw(path)
     try:
         with DataFile(path) as file:
             rows = file.rows
@@ -94,6 +98,15 @@ def verify(path: Path | str) -> VerifyReport:
     except FileError as error:
         findings.add(str(error))
     return VerifyReport(path, condition, rows, findings.lines(), notes, findings.open(), run)
+
+
+def _verify_raw(path: Path) -> VerifyReport:
+    """Verify a raw file, by the packet file from which it was made."""
+    try:
+        words, findings, notes = verify_raw(path)
+    except FileError as error:
+        words, findings, notes = 0, [str(error)], []
+    return VerifyReport(path, "", words, findings, notes, [], None, "words")
 
 
 def is_good(run: RunReport) -> bool:

@@ -30,7 +30,7 @@ from larpixdaq import schema
 from larpixdaq._native import hdf5_chunks
 from larpixdaq.constants import RunCondition
 from larpixdaq.errors import ChecksumError, FileError, ProtocolError, cause
-from larpixdaq.hdf5 import layout, ledger, names, tables
+from larpixdaq.hdf5 import layout, ledger, metadata, names, tables
 from larpixdaq.hdf5.chunk_writer import Batch, WriteBack
 from larpixdaq.hdf5.journal import Journal
 from larpixdaq.hdf5.ledger import Account, check_block, check_content, check_end, check_layout, describe
@@ -89,7 +89,8 @@ class RunFile:
         self._fsync = fsync
         self._journal = Journal(self.path.with_name(stem + names.JOURNAL), fsync=fsync)
         try:
-            self._file = layout.create(self.path, info.layout, info.asic_version)
+            meta = metadata.attributes(info.run, part, info.kind)
+            self._file = layout.create(self.path, info.layout, info.asic_version, meta)
         except BaseException:
             self._journal.close(remove=True)
             raise
@@ -618,7 +619,8 @@ def seal_file(file: Any) -> None:
     for row, name in zip(sums, names, strict=True):
         row["name"], row["rows"], row["crc32"] = name.encode(), file[name].shape[0], layout.table_crc32(file[name])
     file["run/checksums"][:] = sums
-    file["_header"].attrs.modify("modified", np.float64(time.time()))
+    for group in {"_header", "meta"} & set(file):  # a part of an earlier version has no /meta
+        file[group].attrs.modify("modified", np.float64(time.time()))
     file.flush()
     file.close()
 

@@ -221,8 +221,8 @@ class StorageStatus(msgspec.Struct):
     total_bytes: int = 0  # by which files have grown since then
     duplicates: int = 0
     finished: list[FinishedFile] = []  # the last files
-    on_close: str = ""  # error of the last failed command for a closed file
-    on_close_failed: int = 0
+    on_close: str = ""  # error of the last failed command for a closed file, or of the last failed raw file
+    on_close_failed: int = 0  # commands and raw files
     load: LoadShares | None = None
 
 

@@ -289,6 +289,11 @@ class LockDirectory:
             raise FileError(f"--lock-dir {lock_dir}: not a directory that can be written to")
         self._named, self._state_dir, self._warned = lock_dir, state_dir, False
 
+    def arguments(self) -> list[str]:
+        """Return the options with which another program locks files as this process does."""
+        named = [f"--lock-dir={self._named}"] if self._named is not None else []
+        return [*named, *([f"--state-dir={self._state_dir}"] if self._state_dir is not None else [])]
+
     def open(
         self, path: Path, flags: int, *, opener: Callable[[Path, int], int] = open_private, wait: bool = False
     ) -> LockedFile | None:

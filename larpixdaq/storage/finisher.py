@@ -1,19 +1,20 @@
-"""Finish parts: recovery where it is needed, final name, checksum, the command to run on each finished file, and the
-check of chunks that came packed.
+"""Finish parts: recovery where it is needed, final name, checksum, raw file, the command to run on each finished file,
+and the check of chunks that came packed.
 
-Each of the five has a thread of its own, so that none delays the stream: a recovery reads hundreds of millions of rows,
-a disk syncs, a checksum reads gigabytes, a command hangs. The threads keep no state; the loop gets their results.
+Each of the six has a thread of its own, so that none delays the stream: a recovery reads hundreds of millions of rows,
+a disk syncs, a checksum reads gigabytes, a command hangs. The threads keep no state; the loop gets their results. A raw
+file is made by `larpixdaq raw` in a process of low priority, which goes on when the storage ends.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import logging
 import os
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -26,57 +27,69 @@ from typing import IO, Any, Final, NamedTuple
 import msgspec
 
 from larpixdaq.errors import FileError, FileLocked
-from larpixdaq.hdf5 import names
+from larpixdaq.hdf5 import metadata, names
 from larpixdaq.hdf5.layout import UNREAD
+from larpixdaq.hdf5.raw_file import raw_path
 from larpixdaq.hdf5.reader import DataFile, comments
 from larpixdaq.hdf5.recovery import prepare, recover
 from larpixdaq.hdf5.run_report import continuable_runs
 from larpixdaq.hdf5.verify import damaged_chunks
-from larpixdaq.hdf5.writer import CloseReport, RunFile, sync_path
+from larpixdaq.hdf5.writer import CloseReport, RunFile
 from larpixdaq.protocol.reports import Comment, FinishedFile
 from larpixdaq.runtime.event_loop import Worker
-from larpixdaq.runtime.file_access import damaged_path, open_regular, read_regular
-from larpixdaq.storage import open_run
+from larpixdaq.runtime.file_access import lock_directory
+from larpixdaq.storage import open_run, sidecar
+from larpixdaq.storage.sidecar import NameTemplate
 
 log = logging.getLogger(__name__)
 #: Closed files that `status` names.
 SHOWN: Final = 16
 #: Maximum seconds of a command for one file.
 COMMAND_LIMIT: Final = 600.0
-#: Seconds at the end of the process for commands, all together, and before that for checksums.
+#: Maximum seconds for a raw file, of which 1 GB takes some seconds.
+RAW_LIMIT: Final = 6 * 3600.0
+#: Size of a raw file in units of its packet file, until the first one is made: that of messages with one word.
+RAW_RATIO: Final = 4.0
+#: Priority of the process that makes raw files (nice).
+RAW_NICE: Final = 10
+#: Seconds at the end of the process for commands, all together, before that for raw files, and for checksums.
 LAST_COMMANDS: Final = 10.0
+LAST_RAW: Final = 5.0
 LAST_SUMS: Final = 5.0
 #: Maximum seconds until the check of chunks notices the end of the process.
 LAST_CHECK: Final = 1.0
-_PIECE: Final = 1 << 20
 #: Seconds for which the check of chunks rests after each second of work: while a run is written, and otherwise. So it
 #: takes a tenth of a core, or half of one.
 CHECK_REST: Final = (9.0, 1.0)
-#: Maximum bytes of a sidecar that is read. It has all comments on its run, with up to 12 bytes a character in JSON.
-_SIDECAR_BYTES: Final = 32 << 20
 
 
 class _Published(NamedTuple):
     path: Path
     finished: FinishedFile  # for `status`; the checksum is added when it is known
-    content: dict[str, Any]  # of the sidecar, without name, size and checksum
+    content: dict[str, Any]  # of the sidecar, without size and checksums
     unread: bool  # it has chunks that came packed, and were not unpacked
 
 
 class Finisher:
     """Belongs to the process's loop: all methods are called there, and the threads' results are taken in by work().
 
-    `command`: what to run on each finished file, whose path is appended; empty for nothing.
+    `command`: what to run on each finished file, whose path is appended; empty for nothing. `raw`: each finished file
+    gets a raw file. `template`: of second names; None for no such names.
     """
 
-    def __init__(self, command: Sequence[str] = ()) -> None:
+    def __init__(self, command: Sequence[str] = (), *, raw: bool = False, template: NameTemplate | None = None) -> None:
         self.command = tuple(command)
+        self.raw = raw
+        self._template = template
         #: The last closed files, for `status`; newest last.
         self.finished: deque[FinishedFile] = deque(maxlen=SHOWN)
-        #: Error of the last command, for `status`; empty when it succeeded.
+        #: Error of the last command, and of the last raw file, for `status`; empty when it succeeded.
         self.problem = ""
-        #: Commands that have failed since the start, for `status`.
+        self.raw_problem = ""
+        #: Commands and raw files that have failed since the start, for `status`.
         self.failures = 0
+        #: Bytes of the raw files that were made, and of the files from which they were made.
+        self.raw_bytes = self.raw_from_bytes = 0
         #: Parts that were removed and could not be written anew until the end of the process.
         self.lost: list[Path] = []
         #: Whether a run is being written.
@@ -84,8 +97,9 @@ class Finisher:
         self._unread: list[Path] = []  # closed files whose packed chunks are to be unpacked
         #: Damaged chunks of closed files, a line for each file, for `status`.
         self.damaged: list[str] = []
-        self._publishing, self._summing, self._commands, self._recovering, self._checking = workers = [
-            Worker(f"storage: {what}") for what in ("final names", "checksums", "commands", "recovery", "chunks")
+        self._publishing, self._summing, self._raws, self._commands, self._recovering, self._checking = workers = [
+            Worker(f"storage: {what}")
+            for what in ("final names", "checksums", "raw files", "commands", "recovery", "chunks")
         ]
         self._workers = {worker.fileno(): worker for worker in workers}
         self._ready = select.epoll()
@@ -97,6 +111,7 @@ class Finisher:
         self._comments: dict[int, list[Comment]] = {}
         self._attempts = 0  # recoveries that have not ended
         self._retry_at = 0.0  # monotonic time before which no part is tried again
+        self._rawless: deque[Path] = deque()  # files whose raw file is not made yet
         self._left: deque[Path] = deque()  # files whose command has not ended
         self._running: subprocess.Popen[bytes] | None = None  # the command of the first of these files
         self._ending = False  # the process ends; the threads read this
@@ -106,6 +121,12 @@ class Finisher:
     def fileno(self) -> int:
         """Polls readable while work() has something to do."""
         return self._ready.fileno()
+
+    def with_raw(self, seconds: int | None) -> int | None:
+        """Return the time until the disk is full, s, from the time without raw files."""
+        if seconds is None or not self.raw:
+            return seconds
+        return int(seconds / (1 + (self.raw_bytes / self.raw_from_bytes if self.raw_bytes else RAW_RATIO)))
 
     @property
     def broken(self) -> list[str]:
@@ -123,10 +144,10 @@ class Finisher:
             self._workers[descriptor].turn()
 
     def close(self) -> None:
-        """Wait for all final names, 5 s for checksums and 10 s for commands. Harmless when repeated.
+        """Wait for all final names, 5 s for checksums, 5 s for raw files and 10 s for commands. Harmless when repeated.
 
-        The next storage makes missing checksums of the newest run, and ends unfinished recoveries. Commands continue
-        by themselves.
+        The next storage makes missing checksums and raw files of the newest run, and ends unfinished recoveries. The
+        process that makes a raw file, and commands, continue by themselves.
         """
         if self._ending:
             return
@@ -142,6 +163,12 @@ class Finisher:
             self.lost.append(part)
         if not self._summing.drain(LAST_SUMS):
             log.error("checksums are not ready after %g s: the next start makes those of the newest run", LAST_SUMS)
+        self._raws.drain(LAST_RAW)
+        for path in self._rawless:
+            log.warning(
+                "%s was not waited for: if it is not there later, the next start, or larpixdaq raw %s, makes it",
+                raw_path(path).name, path,
+            )  # fmt: skip
         self._commands.drain(LAST_COMMANDS)
         self._checking.drain(LAST_CHECK)
         for path in self._unread:
@@ -174,7 +201,7 @@ class Finisher:
                 log.info("%s: %d rows, %s", found.path.name, report.rows, report.condition)
                 self._finish(found)
 
-        self._publishing.submit(lambda: _finished(file.publish()), done)
+        self._publishing.submit(lambda: self._describe(file.publish()), done)
 
     def after(self, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Do `job` in a thread after all submitted parts have got their names, or failed to.
@@ -209,8 +236,12 @@ class Finisher:
                     log.log(logging.ERROR if found.damaged else logging.WARNING, "%s", found.text)
         for run in runs:
             for _, _, ending, path in names.files_of_storage(directory, storage, run):
-                if ending == names.FINISHED and not _has_sidecar(path):
-                    self._publishing.submit(partial(_finished, path), self._finish)
+                if ending != names.FINISHED:
+                    continue
+                if not sidecar.exists(path):
+                    self._publishing.submit(partial(self._describe, path), self._finish)
+                elif self.raw and not (raw_path(path).exists() and sidecar.exists(raw_path(path))):
+                    self._make_raw(path)
         return runs
 
     def queue_recovery(self, part: Path, why: str = "") -> None:
@@ -229,7 +260,7 @@ class Finisher:
 
         def job() -> _Published | None:
             if file is not None:
-                return _finished(file.publish())
+                return self._describe(file.publish())
             try:
                 found = recover(part, lambda: self._ending)
             except FileError:
@@ -237,7 +268,7 @@ class Finisher:
                     raise
                 return None  # it was recovered by hand, or removed
             log.log(logging.ERROR if found.damaged else logging.WARNING, "%s", found.text)
-            return None if found.path is None else _finished(found.path)
+            return None if found.path is None else self._describe(found.path)
 
         def done(found: _Published | OSError | None) -> None:
             self._attempts -= 1
@@ -262,23 +293,72 @@ class Finisher:
             return
         path, finished, content, unread = file
         self.finished.append(finished)
-        content = content | {"comments": _merged(content["comments"], self._comments.get(finished.run, []))}
+        content = content | {"comments": sidecar.merge(content["comments"], self._comments.get(finished.run, []))}
 
         def done(found: str | OSError) -> None:
             if isinstance(found, OSError):
                 log.error("no checksum of %s: %s", path, found.strerror or found)
                 return
             finished.sha256 = found
-            if self.command and self._over:
-                log.error("%s was not run for %s", self.command[0], path.name)
-            elif self.command:
-                self._left.append(path)
-                if len(self._left) == 1:
-                    self._run()
+            self._queue_command(path)
+            if self.raw:
+                self._make_raw(path)
 
-        self._summing.submit(lambda: _write_sidecar(path, content), done)
+        self._summing.submit(lambda: sidecar.write(path, content), done)
         if unread:
             self._check(path)
+
+    def _describe(self, path: Path) -> _Published:
+        """Read a file's facts for status and sidecar after it got its final name, and give it its second name. Called
+        in threads. FileError when the file cannot be read."""
+        with DataFile(path) as file:
+            info, texts = file.run_info(), file.texts()
+        kind, storage = ((texts.get(name) or [""])[-1] for name in ("kind", "storage"))
+        name = path.name
+        if self._template is not None:
+            try:
+                name = sidecar.give_name(path, self._template.name(info, kind, storage), names.FINISHED)
+            except (FileError, ValueError) as error:
+                log.error("--name-template: %s", error)
+        size, condition = path.stat().st_size, info["condition"]
+        finished = FinishedFile(info["run"], str(path), size, "", condition)
+        content = {"name": name} | {name: info[name] for name in ("run", "part", "rows", "condition")}
+        content |= {"comments": msgspec.to_builtins(comments(texts))}
+        content |= {"metadata": metadata.entry(info, kind, metadata.PACKET_TIER)}
+        return _Published(path, finished, content, UNREAD in texts)
+
+    # Raw files
+
+    def _make_raw(self, path: Path) -> None:
+        """Have the raw file of a finished file made, by a process, then run the command on it."""
+        command = [sys.executable, "-m", "larpixdaq", "raw", *lock_directory.arguments(), "--", str(path)]
+        raw = raw_path(path)
+
+        def job() -> str | None:
+            if self._ending:
+                return None
+            process, output = _start(command)
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, process.pid, RAW_NICE)
+            return _await_end(process, output, RAW_LIMIT)
+
+        def done(found: str | OSError | None) -> None:
+            if found is None:  # the process ends
+                return
+            self._rawless.popleft()
+            self.raw_problem = f"--raw: {path.name}: {found}" if found else ""
+            if found:
+                self.failures += 1
+                log.error("%s", self.raw_problem)
+                return
+            with contextlib.suppress(OSError):
+                self.raw_bytes += raw.stat().st_size
+                self.raw_from_bytes += path.stat().st_size
+            log.info("%s: made", raw.name)
+            self._queue_command(raw)
+
+        self._rawless.append(path)
+        self._raws.submit(job, done)
 
     def _check(self, path: Path) -> None:
         """Unpack the chunks of a closed file that came packed, and report damaged ones."""
@@ -300,7 +380,7 @@ class Finisher:
                     log.error("%s", line)
                 more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
                 self.damaged.append(found[0] + more)
-                self._summing.submit(partial(_add_damage, path, found), _log_error)
+                self._summing.submit(partial(sidecar.add_damage, path, found), _log_error)
             else:
                 log.info("%s: its packed chunks are good", path.name)
 
@@ -317,13 +397,22 @@ class Finisher:
 
         def add() -> int:
             parts = names.files_of_storage(directory, storage, run)
-            return sum(_add_to_sidecar(path, comments) for *_, ending, path in parts if ending == names.FINISHED)
+            return sum(sidecar.add_comments(path, comments) for *_, ending, path in parts if ending == names.FINISHED)
 
         if any((name := names.parse(part)) is not None and name.run == run for part in self.broken):
             self._comments.setdefault(run, []).extend(comments)
         self._publishing.submit(lambda: None, lambda _: self._summing.submit(add, then))
 
     # Commands
+
+    def _queue_command(self, path: Path) -> None:
+        """Run the command on a file, if there is one, after those on earlier files."""
+        if self.command and self._over:
+            log.error("%s was not run for %s", self.command[0], path.name)
+        elif self.command:
+            self._left.append(path)
+            if len(self._left) == 1:
+                self._run()
 
     def _run(self) -> None:
         """Run the command on the first waiting file."""
@@ -335,7 +424,7 @@ class Finisher:
             self._ended(found)
         else:
             self._running = found[0]
-            self._commands.submit(lambda: _await_end(*found), self._ended)
+            self._commands.submit(lambda: _await_end(*found, COMMAND_LIMIT), self._ended)
 
     def _ended(self, found: str | OSError) -> None:
         path, self._running = self._left.popleft(), None
@@ -363,15 +452,16 @@ def _start(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
     return process, output
 
 
-def _await_end(process: subprocess.Popen[bytes], output: IO[bytes]) -> str:
-    """Wait for the end of a command; return its error in one line, empty when it succeeded."""
+def _await_end(process: subprocess.Popen[bytes], output: IO[bytes], limit: float) -> str:
+    """Wait for the end of a command; return its error in one line, empty when it succeeded. `limit`: seconds after
+    which it is killed."""
     with output:
         try:
-            status = process.wait(COMMAND_LIMIT)
+            status = process.wait(limit)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return f"did not end within {COMMAND_LIMIT:g} s and was killed"
+            return f"did not end within {limit:g} s and was killed"
         if not status:
             return ""
         output.seek(max(0, output.seek(0, os.SEEK_END) - 1000))
@@ -379,99 +469,6 @@ def _await_end(process: subprocess.Popen[bytes], output: IO[bytes]) -> str:
         return f"ended with status {status}: {said[-1][:300] if said else 'it wrote nothing'}"
 
 
-def _finished(path: Path) -> _Published:
-    """Read a file's facts for status and sidecar after it got its final name. FileError when it cannot be read."""
-    with DataFile(path) as file:
-        info, texts = file.run_info(), file.texts()
-    found = comments(texts)
-    size, condition = path.stat().st_size, info["condition"]
-    finished = FinishedFile(info["run"], str(path), size, "", condition)
-    content = {name: info[name] for name in ("run", "part", "rows", "condition")}
-    return _Published(path, finished, content | {"comments": msgspec.to_builtins(found)}, UNREAD in texts)
-
-
-def sha256(path: Path) -> tuple[str, int]:
-    """Compute the SHA-256 of a file, in hexadecimal digits; return it and the file's size."""
-    digest = hashlib.sha256()
-    size = 0
-    buffer = bytearray(_PIECE)
-    with open(path, "rb", buffering=0) as file:
-        while n := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:n])
-            size += n
-    return digest.hexdigest(), size
-
-
-def _write_sidecar(path: Path, content: dict[str, Any]) -> str:
-    """Write NAME.json beside a finished file, completely or not at all; return the checksum in hexadecimal digits."""
-    digest, size = sha256(path)
-    _replace_sidecar(path, {"file": path.name, "bytes": size, "sha256": digest, **content})
-    return digest
-
-
-def _replace_sidecar(path: Path, content: dict[str, Any]) -> None:
-    new = path.with_suffix(names.SIDECAR + ".new")
-    with open(open_regular(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), "w") as file:
-        file.write(json.dumps(content) + "\n")
-    sync_path(new)
-    new.replace(path.with_suffix(names.SIDECAR))
-
-
-def _add_to_sidecar(path: Path, new: Sequence[Comment]) -> int:
-    """Add comments to NAME.json beside a finished file, each once. Returns the number of sidecars, 0 or 1."""
-    sidecar = path.with_suffix(names.SIDECAR)
-    if not os.path.lexists(sidecar):
-        return 0
-    try:
-        content = json.loads(read_regular(sidecar, _SIDECAR_BYTES))
-        known = content.get("comments", [])
-        merged = _merged(known, new)
-    except (AttributeError, ValueError, RecursionError, msgspec.ValidationError) as error:
-        raise FileError(f"{sidecar} is damaged: {error}") from None
-    if len(merged) > len(known):
-        _replace_sidecar(path, content | {"comments": merged})
-    return 1
-
-
-def _add_damage(path: Path, lines: list[str]) -> None:
-    """Add damaged chunks to NAME.json beside a finished file."""
-    sidecar = path.with_suffix(names.SIDECAR)
-    try:
-        content = json.loads(read_regular(sidecar, _SIDECAR_BYTES)) | {"damaged": lines}
-    except (TypeError, ValueError, RecursionError) as error:
-        raise FileError(f"{sidecar} is damaged: {error}") from None
-    _replace_sidecar(path, content)
-
-
 def _log_error(found: OSError | None) -> None:
     if found is not None:
         log.error("%s", found)
-
-
-def _merged(known: list[dict[str, Any]], new: Sequence[Comment]) -> list[dict[str, Any]]:
-    """Return the comments of a sidecar with further ones, each once. ValidationError if `known` are no comments."""
-    merged = {comment.id: comment for comment in [*msgspec.convert(known, list[Comment]), *new]}
-    found: list[dict[str, Any]] = msgspec.to_builtins(list(merged.values()))
-    return found
-
-
-def _has_sidecar(path: Path) -> bool:
-    """Whether NAME.json exists and is complete. A damaged file is kept under another name."""
-    sidecar = path.with_suffix(names.SIDECAR)
-    if not os.path.lexists(sidecar):
-        return False
-    try:
-        content = json.loads(read_regular(sidecar, _SIDECAR_BYTES))
-        if content["file"] == path.name and len(bytes.fromhex(content["sha256"])) == 32:
-            return True
-        problem = "it is another file's"
-    except (FileError, KeyError, TypeError, ValueError, RecursionError) as error:
-        problem = str(error)
-    kept = damaged_path(sidecar)
-    log.error("%s is damaged, and kept as %s: %s", sidecar, kept.name, problem)
-    try:
-        sidecar.rename(kept)
-    except OSError as error:
-        log.error("cannot rename %s: %s", sidecar, error.strerror)
-        return True
-    return False

@@ -29,6 +29,7 @@ from larpixdaq.storage import open_run
 from larpixdaq.storage.finisher import Finisher
 from larpixdaq.storage.limits import RESERVE, Limits, Space
 from larpixdaq.storage.open_run import Ending, OpenRun, newest_part
+from larpixdaq.storage.sidecar import NameTemplate
 from larpixdaq.stream.publisher import WINDOW
 
 log = logging.getLogger(__name__)
@@ -69,16 +70,19 @@ class StorageService:
         limits: Limits = Limits(),  # noqa: B008  a tuple of None
         on_close: Sequence[str] = (),
         fsync: bool = False,
+        raw: bool = False,
+        template: NameTemplate | None = None,
     ) -> None:
         """`label`: the storage's name in its files' names, empty for the first or only storage; `limits`: when a run
-        continues in the next part; `on_close`: the command to run on each finished file; `fsync`: as in RunFile."""
+        continues in the next part; `fsync`: as in RunFile; `on_close`, `raw`, `template`: command, raw file and second
+        name of each finished file."""
         self.directory = directory
         self.name = name
         self.label = label
         self.duplicates = 0
         self.paused = ""  # the reason why nothing is written; empty: blocks are written
         self.space = Space(directory)
-        self.finisher = Finisher(on_close)
+        self.finisher = Finisher(on_close, raw=raw, template=template)
         self._limits, self._fsync = limits, fsync
         self._runs: dict[int, OpenRun] = {}
         self._infos: dict[int, RunInfo] = {}
@@ -563,7 +567,7 @@ class StorageService:
             bytes=open_bytes,
             free_bytes=free,
             bytes_per_second=self.space.bytes_per_second(),
-            seconds_left=self.space.seconds_left(),
+            seconds_left=self.finisher.with_raw(self.space.seconds_left()),
             paused=self.paused or "; ".join(run.failure for run in opened if run.file is None),
             recovering=[part for part in self.finisher.broken if part not in failed],
             not_recovered=[*failed.values(), *self.finisher.damaged],
@@ -571,7 +575,7 @@ class StorageService:
             total_bytes=self._growth,
             duplicates=self.duplicates,
             finished=list(self.finisher.finished),
-            on_close=self.finisher.problem,
+            on_close="; ".join(filter(None, (self.finisher.raw_problem, self.finisher.problem))),
             on_close_failed=self.finisher.failures,
         )
 

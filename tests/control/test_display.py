@@ -254,7 +254,7 @@ def test_alarms_in_the_status():
     assert shown[4] == (
         "Offline storage  alive  /data; 13 GB free; PAUSED; disk full in 12 min at 18 MB/s; "
         "writing run0000004_x_001.h5.part: 5 rows, 1.5 kB; last closed: run0000004_x_000.h5, 2.5 kB, CONTINUED; "
-        "--on-close failed for 2 files"
+        "--on-close or --raw failed for 2 files"
     )
     assert shown[6].endswith(
         "2 blocks pending (ring 25% full); 7 of them in the spool (3.4 MB); 5 blocks of its predecessor pending"

@@ -21,15 +21,18 @@ from processes import LIMIT, until
 from larpixdaq import schema
 from larpixdaq.errors import FileError, StateError
 from larpixdaq.hdf5.chunk_writer import BATCH_ROWS
+from larpixdaq.hdf5.reader import count_words
 from larpixdaq.hdf5.recovery import recover
 from larpixdaq.hdf5.run_report import file_info
-from larpixdaq.hdf5.verify import verify
+from larpixdaq.hdf5.verify import verify, verify_all
 from larpixdaq.protocol.packed_rows import PackedRows
 from larpixdaq.protocol.stream import BlockOrigin
 from larpixdaq.runtime import file_access
 from larpixdaq.storage import finisher, open_run
+from larpixdaq.storage import sidecar as sidecars
 from larpixdaq.storage.limits import Space, parse_limit
 from larpixdaq.storage.service import StorageService
+from larpixdaq.storage.sidecar import NameTemplate
 
 RUN = 42
 
@@ -797,9 +800,12 @@ def test_a_finished_file_has_its_checksum_beside_it(rigs: Callable[..., Rig]) ->
     (path,) = map(Path, rig.end(1).value["files"])
     line = rig.until(lambda: [entry for entry in rig.storage.status().finished if entry.sha256], "the checksum")[0]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert sidecar(path) == {
+    found = sidecar(path)
+    assert found.pop("metadata")["core.runs_subruns"] == [420001]
+    assert found == {
         "file": path.name, "bytes": path.stat().st_size, "sha256": digest, "run": RUN, "part": 0, "rows": 10,
-        "condition": "COMPLETE", "comments": [],
+        "condition": "COMPLETE", "comments": [], "name": path.name, "size": path.stat().st_size,
+        "checksums": {"sha256": digest, "adler32": f"{zlib.adler32(path.read_bytes()):08x}"},
     }  # fmt: skip
     assert msgspec.to_builtins(line) == {
         "run": RUN, "file": str(path), "bytes": path.stat().st_size, "sha256": digest, "condition": "COMPLETE"
@@ -851,6 +857,61 @@ def test_a_failed_command_is_an_alarm_only(
     assert [record.levelname for record in caplog.records if trouble in record.message] == ["ERROR"]
 
 
+def test_each_finished_file_has_a_raw_file_and_a_second_name(rigs: Callable[..., Rig], tmp_path: Path) -> None:
+    """The command runs on packet files and raw files. What a killed storage has not made, the next one makes."""
+    script = "import sys; open(sys.argv[1], 'a').write(sys.argv[2] + '\\n')"
+    output = tmp_path / "told"
+    options = {
+        "raw": True,
+        "template": NameTemplate("packet-{tag}-{run}"),
+        "on_close": (sys.executable, "-c", script, str(output)),
+    }
+    rig, feed = rigs(limits=parse_limit("10rows"), **options), Feed(RUN)
+    rig.prepare()
+    rig.take(feed.block(rows(10)), feed.block(rows(10)), feed.end())
+    assert rig.end(2).value["condition"] == "COMPLETE"
+
+    def told() -> list[str]:
+        return output.read_text().splitlines() if output.exists() else []
+
+    rig.until(lambda: len(told()) == 4, "the commands")
+    assert rig.storage.status().on_close == ""
+    packets, raws = sorted(tmp_path.glob("run*_00?.h5")), sorted(tmp_path.glob("run*.raw.h5"))
+    assert sorted(told()) == sorted(map(str, [*packets, *raws]))
+    assert len(packets) == len(raws) == 2
+    for path, raw, name in zip(packets, raws, ("packet-test-0000042", "packet-test-0000042-2"), strict=True):
+        assert (tmp_path / f"{name}.h5").samefile(path)
+        assert (tmp_path / f"{name}.raw.h5").samefile(raw)
+        assert sidecar(raw)["words"] == sum(count_words(path).values())
+        assert sidecar(tmp_path / f"{name}.h5") == sidecar(path)
+    assert verify_all([tmp_path]).ok
+    rig.storage.close()
+    before = {path.name for path in tmp_path.iterdir()}
+    output.unlink()
+    raws[1].unlink()
+    raws[0].with_suffix(".json").unlink()
+    assert rigs(**options).until(lambda: len(told()) == 2, "the commands") is True
+    assert sorted(told()) == sorted(map(str, raws))
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_a_raw_file_that_cannot_be_made_is_an_alarm_only(
+    rigs: Callable[..., Rig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig, feed = rigs(raw=True), Feed(RUN)
+    rig.prepare()
+    (tmp_path / "run0000042_20261122T071251Z_000.raw.h5").write_text("precious")
+    rig.take(feed.block(rows(10)), feed.end())
+    assert rig.end(1).value["condition"] == "COMPLETE"
+    rig.until(lambda: rig.storage.status().on_close, "the alarm")
+    status = rig.storage.status()
+    assert status.on_close.startswith("--raw: run0000042_20261122T071251Z_000.h5: ended with status 1: ")
+    assert status.on_close.endswith("is no raw file")
+    assert status.on_close_failed == 1
+    assert [record.levelname for record in caplog.records if "--raw" in record.message] == ["ERROR"]
+    assert (tmp_path / "run0000042_20261122T071251Z_000.raw.h5").read_text() == "precious"
+
+
 def test_the_end_does_not_wait_for_a_hanging_command(
     rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -880,7 +941,7 @@ def test_the_end_does_not_wait_for_a_long_checksum(
 
     with monkeypatch.context() as patched:
         patched.setattr("larpixdaq.storage.finisher.LAST_SUMS", 0.1)
-        patched.setattr("larpixdaq.storage.finisher.sha256", long)
+        patched.setattr("larpixdaq.storage.sidecar.digests", long)
         rig, feed = rigs(), Feed(RUN)
         rig.prepare()
         rig.take(feed.block(rows(10)), feed.end())
@@ -899,11 +960,11 @@ def test_a_command_that_was_not_run_is_named(
 
     def late(path: Path) -> Any:
         assert goes_on.wait(LIMIT)
-        return sha256(path)
+        return digests(path)
 
-    sha256 = finisher.sha256
+    digests = sidecars.digests
     monkeypatch.setattr(finisher, "LAST_SUMS", 0.0)
-    monkeypatch.setattr(finisher, "sha256", late)
+    monkeypatch.setattr(sidecars, "digests", late)
     rig, feed = rigs(on_close=(sys.executable, "-c", "")), Feed(RUN)
     rig.prepare()
     rig.take(feed.block(rows(10)), feed.end())
