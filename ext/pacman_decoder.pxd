@@ -12,7 +12,8 @@ from row_codec cimport (
 from decoder_state cimport (
     Messages, Sink, Tally, accept_message, count_time, count_words, keep_word, previous, previous_length, reject_message,
 )
-from row_structs cimport WRONG_COUNTS
+from row_structs cimport V2, WRONG_COUNTS
+from word_pairs cimport pair_rows
 
 cdef enum Format:
     NO_FORMAT
@@ -195,6 +196,20 @@ cdef inline Py_ssize_t legacy_words(Pacman* board, Row* rows, Py_ssize_t words) 
     return tally.rows
 
 
+cdef inline Py_ssize_t paired_words(Pacman* board, uint8_t* rows, Py_ssize_t words) noexcept nogil:
+    """Decode pairs of D words, at most `words` words, as legacy_words() does; return the number of rows. 0: it must do so."""
+    cdef Tally tally
+    cdef uint64_t flags = 0
+    tally.bad_parity = 0
+    tally.rows = tally.packets = pair_rows(
+        board.messages.word, words, rows, board.sink.io_group, &tally.bad_parity, &flags
+    )
+    if expect(flags & full_mask(V2) != 0, False):
+        find_full(board, tally.rows, 16)
+    count_words(&board.sink, tally.rows, 16, &tally)
+    return tally.rows
+
+
 cdef inline Py_ssize_t words_1_0(Pacman* board, Row* rows, Py_ssize_t words) noexcept nogil:
     """Decode words of format 1.0, whose timestamps have 64 bits at byte 8; return the number of rows.
 
@@ -250,7 +265,7 @@ cdef inline Py_ssize_t words_1_0(Pacman* board, Row* rows, Py_ssize_t words) noe
 
 cdef inline Py_ssize_t pacman_rows(Pacman* board, Row* rows, Py_ssize_t n) noexcept nogil:
     cdef Messages* input = &board.messages
-    cdef Py_ssize_t made = 0, words
+    cdef Py_ssize_t made = 0, words, pairs
     while made < n:
         if input.words == 0:
             if input.i == input.n:
@@ -262,6 +277,15 @@ cdef inline Py_ssize_t pacman_rows(Pacman* board, Row* rows, Py_ssize_t n) noexc
             continue
         words = min(input.words, n - made)
         if board.open == LEGACY:
+            if Row is Row24:
+                if words > 1 and board.sink.asic == V2 and not board.clock64:
+                    pairs = paired_words(board, <uint8_t*>(rows + made), words)
+                    if pairs:
+                        made += pairs
+                        input.word += 16 * pairs
+                        input.words -= pairs
+                        continue
+                    words = 2
             made += legacy_words(board, rows + made, words)
             input.word += 16 * words
         else:

@@ -133,6 +133,18 @@ def test_64_bit_clock() -> None:
     assert (counts["rejected_words"], unknown["reason"].tolist()) == (1, [4])
 
 
+@given(st.lists(st.tuples(st.sampled_from(b"DDDDDDSTP"), st.binary(min_size=15, max_size=15)), max_size=20))
+def test_words_of_one_message_are_decoded_as_in_messages_of_one_word(words: list[tuple[int, bytes]]) -> None:
+    """Pairs of data words have a kernel of their own."""
+    each = [bytes([letter]) + rest for letter, rest in words]
+    rows, counts, unknown = decode([legacy(each)])
+    single, single_counts, single_unknown = decode([legacy([word]) for word in each])
+    assert rows[1:].tobytes() == single[single["packet_type"] != 4].tobytes()
+    assert unknown.tobytes() == single_unknown.tobytes()
+    for name in ("words_in", "word_rows", "packets", "bad_parity", "unknown_words"):
+        assert counts.get(name) == single_counts.get(name)
+
+
 def test_v1_chips_behind_a_pacman() -> None:
     """No known board has them. Layout 1.0 has the columns of sync and trigger words in `register` and `value`."""
     word = 0x0155A6E8F41FD8
