@@ -3,7 +3,8 @@
 # Most planes of a chunk have long runs of one byte value, coded as a byte and its repetitions; consecutive planes of this kind
 # share a block. The other planes change from row to row and get a Huffman code each, or are stored uncoded where a code gains
 # nothing (the lowest bytes of times). There is no search for repetitions, which takes twice the time on such rows, and no code
-# for several changing planes, which makes the result larger by a fifth.
+# for several changing planes, which makes the result larger by a fifth. Codes are kept for the next chunks, because chunks of a
+# run are alike, and the making of codes takes a fifth of the time.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -12,12 +13,37 @@ cdef extern from *:
     #define lowest_byte(x) (__builtin_ctzll(x) >> 3)
     #define highest_bit(x) (63 - __builtin_clzll(x))
     static const uint8_t order_of_lengths[19] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
-    static const uint32_t gaps_of_sorting[5] = {57, 23, 10, 4, 1};
+
+    typedef uint8_t Lanes8 __attribute__((vector_size(16)));
+    typedef uint16_t Lanes16 __attribute__((vector_size(32)));
+    #if defined(__clang__) || __GNUC__ >= 9
+    #define WIDEN(x) __builtin_convertvector(x, Lanes16)
+    #else
+    #error "GCC 9 or clang is needed"
+    #endif
+
+    /* Add the sums of `n` groups of 16 bytes, lane by lane, to sums, and the sums after each group to sums_of_sums. */
+    static inline void add_lanes(const uint8_t* data, uint32_t n, uint32_t* sums, uint32_t* sums_of_sums) {
+        for (uint32_t first = 0; first < n; first += 16) {      /* 16 groups: up to 255 * 16 * 17 / 2 in 16 bits */
+            uint32_t some = n - first < 16 ? n - first : 16;
+            Lanes16 a = {0}, b = {0};
+            for (uint32_t i = 0; i < some; i++) {
+                Lanes8 bytes;
+                memcpy(&bytes, data + 16 * (first + i), 16);
+                b += a;
+                a += WIDEN(bytes);
+            }
+            for (int j = 0; j < 16; j++) {
+                sums_of_sums[j] += some * sums[j] + b[j];
+                sums[j] += a[j];
+            }
+        }
+    }
     """
     int lowest_byte(uint64_t x) noexcept nogil
     int highest_bit(uint64_t x) noexcept nogil
     const uint8_t[19] order_of_lengths
-    const uint32_t[5] gaps_of_sorting
+    void add_lanes(const uint8_t* data, uint32_t n, uint32_t* sums, uint32_t* sums_of_sums) noexcept nogil
 
 cdef enum:
     LITERALS = 286             # symbols: 256 bytes, the end of the block, 29 lengths of repetitions
@@ -30,6 +56,13 @@ cdef enum:
     SAMPLES = 8                # number of samples that decide about a plane
     SAMPLE = 64                # bytes of a sample
     ADLER_PIECE = 5504         # maximum bytes (a multiple of 16) whose sums fit into 32 bits
+    KEPT_FOR = 15              # further planes for which a code is kept, of at least KEPT_FROM bytes
+    KEPT_FROM = 4096
+    KEPT_CHANGE = 128          # a plane gets a new code if it takes 1 / KEPT_CHANGE more or less room than the first one
+    RUNS_CHANGE = 16           # the same for runs, which take a small part of a chunk
+    HEADER_BYTES = 576         # of a code's header, with 8 more that put() may write
+    UNKNOWN = 0x8000           # in an entry: the byte has no code
+    CODE_BITS = 0x3FFF         # in an entry: MOST_BITS bits
 
 cdef struct Bits:
     uint8_t* at
@@ -41,6 +74,14 @@ cdef struct Code:
     uint32_t counts[LITERALS]
     uint8_t lengths[LITERALS]
     uint32_t entries[LITERALS] # bits of the code, the first bit lowest, and from bit 16 on their number
+
+cdef struct KeptCode:
+    Code code
+    uint32_t left              # further planes for which it may be used
+    uint32_t header_bits       # of the header of a block with this code
+    uint64_t n                 # bytes of the plane, or tokens, for which it was made
+    uint64_t size              # bytes that these take with it
+    uint8_t header[HEADER_BYTES]
 
 cdef struct Repetition:
     uint32_t symbol            # of its length
@@ -63,30 +104,40 @@ cdef inline void put(Bits* bits, uint64_t value, uint32_t n) noexcept nogil:
 cdef inline void lengths_of(const uint32_t* counts, uint32_t n, uint32_t most, uint8_t* lengths) noexcept nogil:
     """Find the lengths, up to `most` bits, of a Huffman code for n symbols with these counts; 0 for an unused symbol."""
     cdef uint64_t[LITERALS] leaves      # count, and the symbol in the lowest 16 bits
+    cdef uint64_t[LITERALS] others
+    cdef uint32_t[256] places
     cdef uint64_t[LITERALS] inner       # sum of the counts below an inner node
     cdef uint16_t[2 * LITERALS] parent  # of leaves, then of inner nodes
     cdef uint16_t[LITERALS] depth       # of inner nodes
     cdef uint32_t[64] of_length
-    cdef uint32_t used = 0, i, j, k, gap, leaf, node, made, length
-    cdef uint64_t moved, total
+    cdef uint32_t used = 0, i, j, place, digit, shift, leaf, node, made, length
+    cdef uint64_t total, largest = 0
     for i in range(n):
         lengths[i] = 0
         if counts[i]:
             leaves[used] = (<uint64_t>counts[i] << 16) | i
+            largest |= leaves[used]
             used += 1
     if used < 2:
         for i in range(used):
             lengths[leaves[i] & 0xFFFF] = 1
         return
-    for k in range(5):                      # Shell's sort: fast for some hundred symbols, most of them nearly sorted
-        gap = gaps_of_sorting[k]
-        for i in range(gap, used):
-            moved = leaves[i]
-            j = i
-            while j >= gap and leaves[j - gap] > moved:
-                leaves[j] = leaves[j - gap]
-                j -= gap
-            leaves[j] = moved
+    shift = 16
+    while largest >> shift:                 # sort by the counts, 8 bits at a time
+        memset(places, 0, sizeof(places))
+        for i in range(used):
+            places[(leaves[i] >> shift) & 255] += 1
+        place = 0
+        for digit in range(256):
+            j = places[digit]
+            places[digit] = place
+            place += j
+        for i in range(used):
+            digit = (leaves[i] >> shift) & 255
+            others[places[digit]] = leaves[i]
+            places[digit] += 1
+        memcpy(leaves, others, used * sizeof(leaves[0]))
+        shift += 8
     # Inner nodes are made in the order of their counts, so the two smallest nodes are the next leaves or inner nodes.
     leaf = node = 0
     for made in range(used - 1):
@@ -240,8 +291,9 @@ cdef inline void put_stored(Bits* bits, const uint8_t* data, size_t n) noexcept 
         n -= some
 
 
-cdef inline void put_bytes(Bits* bits, const uint8_t* data, size_t n, const uint32_t* entries) noexcept nogil:
-    cdef uint32_t a, b, c, d
+cdef inline bint put_bytes(Bits* bits, const uint8_t* data, size_t n, const uint32_t* entries) noexcept nogil:
+    """Write bytes with a code; returns whether it has a code for each of them. A byte takes at most MOST_BITS bits."""
+    cdef uint32_t a, b, c, d, all_entries = 0
     cdef uint64_t low, high
     cdef size_t i = 0
     while i + 4 <= n:
@@ -249,24 +301,78 @@ cdef inline void put_bytes(Bits* bits, const uint8_t* data, size_t n, const uint
         b = entries[data[i + 1]]
         c = entries[data[i + 2]]
         d = entries[data[i + 3]]
-        low = (a & 0xFFFF) | <uint64_t>(b & 0xFFFF) << (a >> 16)
-        high = (c & 0xFFFF) | <uint64_t>(d & 0xFFFF) << (c >> 16)
+        all_entries |= a | b | c | d
+        low = (a & CODE_BITS) | <uint64_t>(b & CODE_BITS) << (a >> 16)
+        high = (c & CODE_BITS) | <uint64_t>(d & CODE_BITS) << (c >> 16)
         a = (a >> 16) + (b >> 16)
         put(bits, low | high << a, a + (c >> 16) + (d >> 16))
         i += 4
     while i < n:
-        put(bits, entries[data[i]] & 0xFFFF, entries[data[i]] >> 16)
+        all_entries |= entries[data[i]]
+        put(bits, entries[data[i]] & CODE_BITS, entries[data[i]] >> 16)
         i += 1
+    put(bits, entries[END_OF_BLOCK] & 0xFFFF, entries[END_OF_BLOCK] >> 16)
+    return not all_entries & UNKNOWN
 
 
-cdef inline void put_plane(Bits* bits, const uint8_t* data, size_t n, Code* code) noexcept nogil:
-    """Write a plane whose bytes change, with its own code or stored."""
+cdef inline bint is_alike(uint64_t size, uint64_t expected, uint64_t part) noexcept nogil:
+    """Whether the difference is at most 1 / part."""
+    return (size - expected if size > expected else expected - size) * part <= expected
+
+
+cdef inline void keep_code(KeptCode* kept) noexcept nogil:
+    """Make the header of a block with the code, and mark symbols without code."""
+    cdef Bits header
+    cdef uint32_t i
+    header.at = kept.header
+    header.pending = header.n = 0
+    put_code(&header, &kept.code)
+    kept.header_bits = <uint32_t>(8 * (header.at - kept.header)) + header.n
+    for i in range(<uint32_t>LITERALS):
+        if i >= kept.code.n or not kept.code.entries[i]:
+            kept.code.entries[i] = 1 << 16 | UNKNOWN
+
+
+cdef inline void put_header(Bits* bits, const KeptCode* kept) noexcept nogil:
+    cdef uint32_t n = kept.header_bits
+    cdef const uint8_t* header = &kept.header[0]
+    cdef uint64_t word
+    while n:
+        memcpy(&word, header, 8)
+        put(bits, word & ((<uint64_t>1 << min(n, <uint32_t>56)) - 1), min(n, <uint32_t>56))
+        header += 7
+        n -= min(n, <uint32_t>56)
+
+
+cdef inline bint put_kept(Bits* bits, const uint8_t* data, size_t n, KeptCode* kept) noexcept nogil:
+    """Write a plane with the code of an earlier one; returns False, with nothing written, if it is not good for it."""
+    cdef Bits before = bits[0]
+    cdef uint64_t size
+    if not kept.left or kept.n != n:
+        return False
+    put_header(bits, kept)
+    if put_bytes(bits, data, n, kept.code.entries):
+        size = bits.at - before.at
+        if size <= n and is_alike(size, kept.size, KEPT_CHANGE):
+            kept.left -= 1
+            return True
+    bits[0] = before
+    return False
+
+
+cdef inline void put_plane(Bits* bits, const uint8_t* data, size_t n, KeptCode* kept) noexcept nogil:
+    """Write a plane whose bytes change, with a code or stored."""
     cdef uint32_t[4][256] counts
     cdef size_t i
     cdef uint64_t word
+    cdef Code* code = &kept.code
+    cdef uint8_t* begin = bits.at
     if is_random(data, n):
         put_stored(bits, data, n)
         return
+    if put_kept(bits, data, n, kept):
+        return
+    kept.left = 0
     memset(counts, 0, sizeof(counts))
     i = 0
     while i + 8 <= n:
@@ -290,30 +396,55 @@ cdef inline void put_plane(Bits* bits, const uint8_t* data, size_t n, Code* code
     if make_code(code) + 8 * 64 >= 8 * <uint64_t>n:
         put_stored(bits, data, n)
         return
-    put_code(bits, code)
+    keep_code(kept)
+    put_header(bits, kept)
     put_bytes(bits, data, n, code.entries)
-    put(bits, code.entries[END_OF_BLOCK] & 0xFFFF, code.entries[END_OF_BLOCK] >> 16)
+    if n >= KEPT_FROM:
+        kept.left, kept.n, kept.size = KEPT_FOR, n, bits.at - begin
 
 
-cdef inline void put_tokens(Bits* bits, const uint16_t* tokens, size_t n, Code* code) noexcept nogil:
-    """Write runs as a block. A token is a byte, or 256 plus the length of a repetition."""
+cdef inline bint put_coded_tokens(Bits* bits, const uint16_t* tokens, size_t n, const KeptCode* kept) noexcept nogil:
+    """Write runs as a block with a code; returns whether it has a code for each token, and they take at most 2 bytes each."""
     cdef size_t i
-    cdef uint32_t entry
+    cdef uint32_t entry, all_entries = 0
     cdef Repetition coded
+    cdef const uint32_t* entries = &kept.code.entries[0]
+    cdef const uint8_t* limit = bits.at + HEADER_BYTES + 2 * n
+    put_header(bits, kept)
+    for i in range(n):
+        if bits.at > limit:
+            return False
+        if tokens[i] < 256:
+            entry = entries[tokens[i]]
+            all_entries |= entry
+            put(bits, entry & CODE_BITS, entry >> 16)
+            continue
+        coded = repetition(tokens[i] - 256)
+        entry = entries[coded.symbol]
+        all_entries |= entry
+        # The code of the distance is a single bit 0.
+        put(bits, (entry & CODE_BITS) | <uint64_t>coded.extra << (entry >> 16), (entry >> 16) + coded.n_extra + 1)
+    put(bits, entries[END_OF_BLOCK] & CODE_BITS, entries[END_OF_BLOCK] >> 16)
+    return not all_entries & UNKNOWN
+
+
+cdef inline void put_tokens(Bits* bits, const uint16_t* tokens, size_t n, KeptCode* kept) noexcept nogil:
+    """Write runs as a block, with a kept code or a new one. A token is a byte, or 256 plus the length of a repetition."""
+    cdef Bits before = bits[0]
+    cdef Code* code = &kept.code
+    cdef size_t i
+    if kept.left:
+        if put_coded_tokens(bits, tokens, n, kept) and is_alike((bits.at - before.at) * kept.n, kept.size * n, RUNS_CHANGE):
+            kept.left -= 1
+            return
+        bits[0] = before
     memset(code.counts, 0, sizeof(code.counts))
     for i in range(n):
         code.counts[tokens[i] if tokens[i] < 256 else repetition(tokens[i] - 256).symbol] += 1
     make_code(code)
-    put_code(bits, code)
-    for i in range(n):
-        if tokens[i] < 256:
-            put(bits, code.entries[tokens[i]] & 0xFFFF, code.entries[tokens[i]] >> 16)
-            continue
-        coded = repetition(tokens[i] - 256)
-        entry = code.entries[coded.symbol]
-        # The code of the distance is a single bit 0.
-        put(bits, (entry & 0xFFFF) | <uint64_t>coded.extra << (entry >> 16), (entry >> 16) + coded.n_extra + 1)
-    put(bits, code.entries[END_OF_BLOCK] & 0xFFFF, code.entries[END_OF_BLOCK] >> 16)
+    keep_code(kept)
+    put_coded_tokens(bits, tokens, n, kept)
+    kept.left, kept.n, kept.size = KEPT_FOR, n, bits.at - before.at
 
 
 cdef inline uint16_t* put_run(uint16_t* tokens, uint8_t value, size_t n) noexcept nogil:
@@ -411,7 +542,8 @@ cdef inline size_t tokens_room(size_t planes, size_t n) noexcept nogil:
 cdef inline size_t deflated_most(size_t planes, size_t n) noexcept nogil:
     """Return the maximum number of bytes that deflate() writes, including those that put() writes after the end."""
     # A stored plane; a steady plane has fewer tokens than half its bytes, of at most 2 bytes each. A code takes 300 bytes.
-    return planes * (n + 5 * (n // STORED_MOST + 1) + n // LONGEST * 2 + 512) + 64
+    # And n bytes for a plane that is written with a kept code and discarded: MOST_BITS bits a byte are less than 2 bytes.
+    return planes * (n + 5 * (n // STORED_MOST + 1) + n // LONGEST * 2 + 512) + n + 64
 
 
 cdef inline uint32_t adler32(uint32_t start, const uint8_t* data, size_t n) noexcept nogil:
@@ -424,11 +556,8 @@ cdef inline uint32_t adler32(uint32_t start, const uint8_t* data, size_t n) noex
         rows = <uint32_t>(min(n, <size_t>ADLER_PIECE) // 16)
         memset(sums, 0, sizeof(sums))
         memset(sums_of_sums, 0, sizeof(sums_of_sums))
-        for i in range(rows):
-            for j in range(16):
-                sums_of_sums[j] += sums[j]
-                sums[j] += data[j]
-            data += 16
+        add_lanes(data, rows, sums, sums_of_sums)
+        data += 16 * rows
         b += 16 * rows * a
         for j in range(16):
             b = (b + 16 * sums_of_sums[j] + (16 - j) * sums[j]) % 65521
@@ -444,16 +573,16 @@ cdef inline uint32_t adler32(uint32_t start, const uint8_t* data, size_t n) noex
 
 
 cdef inline size_t deflate(
-    const uint8_t* data, size_t planes, size_t n, size_t stride, uint16_t* tokens, uint8_t* out
+    const uint8_t* data, size_t planes, size_t n, size_t stride, uint16_t* tokens, KeptCode* kept, uint8_t* out
 ) noexcept nogil:
     """Deflate `planes` planes of n bytes each (1 or more), `stride` bytes apart, into the zlib format. Returns its length.
 
-    `tokens` has room for tokens_room() tokens, `out` for deflated_most() bytes.
+    `tokens` has room for tokens_room() tokens, `out` for deflated_most() bytes, `kept` for a code of each plane, of which `left`
+    is 0 at first. The code of consecutive planes with long runs is kept at the first one.
     """
     cdef Bits bits
-    cdef Code code
     cdef uint32_t adler = 1, i
-    cdef size_t plane
+    cdef size_t plane, first = 0
     cdef uint16_t* end = tokens
     cdef uint16_t* following
     bits.at = out
@@ -462,16 +591,17 @@ cdef inline size_t deflate(
     for plane in range(planes):
         following = tokens_of(data, n, end, end + n // 2, &adler) if is_steady(data, n) else NULL
         if following != NULL:
+            first = first if end > tokens else plane
             end = following
         else:
             if end > tokens:
-                put_tokens(&bits, tokens, end - tokens, &code)
+                put_tokens(&bits, tokens, end - tokens, &kept[first])
                 end = tokens
-            put_plane(&bits, data, n, &code)
+            put_plane(&bits, data, n, &kept[plane])
             adler = adler32(adler, data, n)
         data += stride
     if end > tokens:
-        put_tokens(&bits, tokens, end - tokens, &code)
+        put_tokens(&bits, tokens, end - tokens, &kept[first])
     put(&bits, 3, 10)                       # an empty last block
     put(&bits, 0, (8 - bits.n) & 7)
     for i in range(4):

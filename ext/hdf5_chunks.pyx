@@ -1,11 +1,11 @@
 """Pack rows into HDF5 chunks with byte shuffle and deflate, undo the shuffle, and count rows by kind."""
 
-from libc.stdint cimport uint8_t, uint16_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
 cimport cython
-from deflate cimport deflate, deflated_most, tokens_room
+from deflate cimport KeptCode, deflate, deflated_most, tokens_room
 from row_structs cimport Row10, Row24, Row24Clock64, Row30
 
 #: Columns of the counters of tally(); the first six are counters of the ledger (larpixdaq.constants.Count).
@@ -22,6 +22,8 @@ cdef enum:
     N_TALLY
 
 cdef enum:
+    # Bits of io_group and packet_type in the first four bytes of a row, in either byte order.
+    GROUP_AND_TYPE = 0xFF0000FF
     # Bytes between two planes, because a chunk has 2^n rows, and planes exactly 2^n bytes apart share lines of the
     # first-level cache.
     PLANE_GAP = 64
@@ -110,6 +112,7 @@ cdef class Packer:
     cdef uint8_t* planes
     cdef uint8_t* packed
     cdef uint16_t* tokens
+    cdef KeptCode* kept
     cdef size_t itemsize
     cdef size_t rows
 
@@ -120,13 +123,15 @@ cdef class Packer:
         self.planes = <uint8_t*>malloc((rows + PLANE_GAP) * itemsize)
         self.packed = <uint8_t*>malloc(deflated_most(itemsize, rows))
         self.tokens = <uint16_t*>malloc(tokens_room(itemsize, rows) * sizeof(uint16_t))
-        if self.planes == NULL or self.packed == NULL or self.tokens == NULL:
+        self.kept = <KeptCode*>calloc(itemsize, sizeof(KeptCode))
+        if self.planes == NULL or self.packed == NULL or self.tokens == NULL or self.kept == NULL:
             raise MemoryError("Packer: no memory for a chunk")
 
     def __dealloc__(self):
         free(self.planes)
         free(self.packed)
         free(self.tokens)
+        free(self.kept)
 
     def pack(self, const uint8_t[::1] chunk) -> bytes:
         cdef size_t n, rows = <size_t>chunk.shape[0] // self.itemsize
@@ -136,7 +141,7 @@ cdef class Packer:
             )
         with nogil:
             shuffle_rows(&chunk[0], self.planes, self.itemsize, rows, rows + PLANE_GAP)
-            n = deflate(self.planes, self.itemsize, rows, rows + PLANE_GAP, self.tokens, self.packed)
+            n = deflate(self.planes, self.itemsize, rows, rows + PLANE_GAP, self.tokens, self.kept, self.packed)
         return self.packed[:n]
 
 
@@ -159,9 +164,31 @@ cdef inline void count_row(uint64_t* counts, uint8_t kind, uint8_t direction, ui
 
 
 cdef void tally_rows(const Row* rows, size_t n, uint64_t* counts) noexcept nogil:
-    cdef size_t i
-    for i in range(n):
-        count_row(counts + rows[i].io_group * N_TALLY, rows[i].packet_type, rows[i].direction, rows[i].valid_parity)
+    """Count rows. Received packets of the same type and io_group, which come in long runs, are counted together."""
+    cdef size_t i = 0, first
+    cdef uint32_t head, other
+    cdef uint64_t bad
+    cdef uint64_t* line
+    while i < n:
+        line = counts + rows[i].io_group * N_TALLY
+        if rows[i].packet_type > 3 or rows[i].direction != 1:
+            count_row(line, rows[i].packet_type, rows[i].direction, rows[i].valid_parity)
+            i += 1
+            continue
+        memcpy(&head, &rows[i], 4)
+        head &= GROUP_AND_TYPE
+        first, bad = i, 0
+        while True:
+            bad += rows[i].valid_parity == 0
+            i += 1
+            if i == n:
+                break
+            memcpy(&other, &rows[i], 4)
+            if other & GROUP_AND_TYPE != head or rows[i].direction != 1:
+                break
+        line[T_WORD_ROWS] += i - first
+        line[T_PACKETS] += i - first
+        line[T_BAD_PARITY] += bad
 
 
 cdef void tally_rows10(const Row10* rows, size_t n, uint64_t* counts) noexcept nogil:

@@ -18,7 +18,8 @@ class Packer:
     """Shuffles and deflates chunks of up to `rows` rows (at least 1) of `itemsize` bytes, in the format of HDF5's two
     filters.
 
-    Not for several threads at a time.
+    Codes are kept for the next chunks, so that the result also depends on the chunks before. Not for several threads at
+    a time.
     """
 
     def __new__(cls, rows: int, itemsize: int) -> Packer: ...
