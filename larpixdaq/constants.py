@@ -62,19 +62,24 @@ _ENDED: Final[list[RunCondition]] = [
 #: Actions of a producer that report the state of chips and boards, and send no words to chips.
 HARDWARE_QUERIES: Final = (
     "board_status",
+    "compare_snapshot",
+    "disabled_channels",
     "get_boards",
     "ping",
     "read_board",
     "retrieve_configuration",
     "retrieve_pixel_layout",
+    "retrieve_snapshot",
 )
 #: Actions of a producer that change chips or boards, or send words to chips.
 HARDWARE_CHANGES: Final = (
     "configure_network",
+    "disable_channels",
     "discover_network",
     "enforce_configuration",
     "load_board",
     "load_pixel_layout",
+    "load_snapshot",
     "power",
     "power_up",
     "read_configuration",

@@ -28,6 +28,8 @@ __all__ = ["Operator", "Request", "Response"]
 #: Bytes of a piece of an attachment, and maximum seconds until the core has written it.
 _PIECE: Final = 512 << 10
 _PIECE_LIMIT: Final = 30.0
+#: Maximum seconds until a producer has given the values of all chips, or the core a snapshot.
+_SNAPSHOT_LIMIT: Final = 60.0
 #: Maximum seconds for which the attribute `shifter` waits for the core.
 _SHIFTER_LIMIT: Final = 5.0
 
@@ -446,6 +448,94 @@ class Operator:
         Result: {chip key: {"wanted": {register: value}, "confirmed": {register: value last read}}}.
         """
         return self._producer(component, "retrieve_configuration", chip=chip, registers=registers)
+
+    # Snapshots of the chips' configurations (docs/chips.md). `snapshot` is a name in the catalogue, or the path of a
+    # file or folder: a Path, or a text with a / or with .json at its end.
+
+    def save_snapshot(self, name: str, comment: str = "", component: str | None = None) -> Request:
+        """Save the wanted values of all known chips in the catalogue, under a name that is not in use yet.
+
+        Returns when the producer has given them. Needs no control. Result: {"name", "chips" (their number), "bytes"}.
+        """
+        from larpixdaq.control import snapshots
+
+        found = self._producer(component, "retrieve_snapshot").result(_SNAPSHOT_LIMIT)
+        data = snapshots.pack(snapshots.make(found["asic"], found["chips"]))
+        number = len(found["chips"])
+        return self._core("save_snapshot", name=name, asic=found["asic"], chips=number, comment=comment, data=data)
+
+    def snapshots(self) -> Request:
+        """List the snapshots in the catalogue, oldest first.
+
+        Result: a list of dicts with name, time (unix s), asic, chips (their number), comment, operator, key.
+        """
+        return self._core("snapshots")
+
+    def remove_snapshot(self, name: str) -> Request:
+        """Remove a snapshot from the catalogue. It needs no control."""
+        return self._core("remove_snapshot", name=name)
+
+    def load_snapshot(self, snapshot: str | Path, skip_missing: bool = False, component: str | None = None) -> Request:
+        """Make the values of a snapshot the wanted ones, and write and check them as enforce_configuration() does.
+
+        Nothing is changed if a chip is not known here (skip_missing=True skips such chips), if the snapshot is of
+        another generation, or if it is damaged. Registers of the network stay as they are. Result: as
+        enforce_configuration(), and "missing" (chips of the snapshot that are not here), "moved" ({its chip key: chip
+        key here}, chips on another io_channel of their tile), "unchanged" (chips here that the snapshot does not have).
+        """
+        return self._producer(
+            component, "load_snapshot", content=self._packed_snapshot(snapshot), skip_missing=skip_missing
+        )
+
+    def compare_snapshot(
+        self, snapshot: str | Path, other: str | Path | None = None, component: str | None = None
+    ) -> Request:
+        """Compare a snapshot with another one, or with the present wanted values, without the registers of the network.
+
+        Result: {"same", "chips" (compared), "different", "differences": [{"chip", "register", "address", "snapshot",
+        "other"}, ...], "missing", "new" (chips of only one of them), "moved"}.
+        """
+        content = self._packed_snapshot(snapshot)
+        second = None if other is None else self._packed_snapshot(other)
+        return self._producer(component, "compare_snapshot", content=content, other=second)
+
+    def write_snapshot(self, path: str | Path, name: str | None = None, component: str | None = None) -> int:
+        """Write a snapshot of the catalogue, or the present wanted values, into files of this machine, and wait for it.
+
+        A path with .json at its end becomes one file, any other a new folder with config_CHIP.json for each chip, as
+        laboratories' scripts have it. Returns the number of files. FileError if the path exists.
+        """
+        from larpixdaq.control import snapshots
+
+        if name is None:
+            found = self._producer(component, "retrieve_snapshot").result(_SNAPSHOT_LIMIT)
+            return snapshots.write(path, snapshots.make(found["asic"], found["chips"]))
+        data = self._core("snapshot", name=name).result(_SNAPSHOT_LIMIT)["data"]
+        return snapshots.write(path, snapshots.unpack(data), description=name)
+
+    def disable_channels(self, channels: dict[str, list[int]] | str | Path, component: str | None = None) -> Request:
+        """Disable channels: channel_mask and periodic_trigger_mask 1, csa_enable 0. Writes these registers.
+
+        `channels`: {"io_group-tile-chip_id": [channel, ...]}, or the path of a JSON file with it. Nothing is changed if
+        a chip or channel in it does not exist. Result: {"chips", "registers"}, the numbers that were written.
+        """
+        if isinstance(channels, str | Path):
+            from larpixdaq.control import snapshots
+
+            channels = snapshots.read_disabled(channels)
+        return self._producer(component, "disable_channels", channels=channels)
+
+    def disabled_channels(self, component: str | None = None) -> Request:
+        """List the channels whose wanted channel_mask is 1: {"io_group-tile-chip_id": [channel, ...]}."""
+        return self._producer(component, "disabled_channels")
+
+    def _packed_snapshot(self, snapshot: str | Path) -> bytes:
+        from larpixdaq.control import snapshots
+
+        if isinstance(snapshot, Path) or "/" in snapshot or snapshot.endswith(".json"):
+            return snapshots.pack(snapshots.read(snapshot))
+        data: bytes = self._core("snapshot", name=snapshot).result(_SNAPSHOT_LIMIT)["data"]
+        return data
 
     def load_pixel_layout(self, name: str, component: str | None = None) -> Request:
         """Load the positions of channels from a layout file of larpix-geometry, on the producer's machine.

@@ -23,6 +23,7 @@ _COMMANDS: Final = {
     "qc": ("qc",),
     "files": ("verify", "recover", "raw", "info"),
     "plot": ("plot", "hot"),
+    "snapshots": ("snapshot",),
     "shell": ("shell",),
     "keys": ("keys",),
     "web": ("web-link",),

@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from larpixdaq.constants import CANCELLED, ENDED, PREPARING, RUN_DIGITS, RunCondition
-from larpixdaq.errors import FileError, RequestError
+from larpixdaq.errors import FileError, RequestError, advice
 from larpixdaq.protocol.reports import Comment, RunEnd, StorageEnd
 from larpixdaq.protocol.stream import ConnectedBoard
 from larpixdaq.runtime.file_access import (
@@ -59,6 +59,9 @@ CREATE TABLE IF NOT EXISTS alarms (
     id INTEGER PRIMARY KEY, time_ns INTEGER NOT NULL, alarm INTEGER NOT NULL, event TEXT NOT NULL,
     condition TEXT NOT NULL, component TEXT NOT NULL, subject TEXT NOT NULL, level TEXT NOT NULL, text TEXT NOT NULL,
     raised_ns INTEGER NOT NULL, count INTEGER NOT NULL, who TEXT NOT NULL, comment TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS snapshots (
+    name TEXT PRIMARY KEY, time_ns INTEGER NOT NULL, asic TEXT NOT NULL, chips INTEGER NOT NULL, comment TEXT NOT NULL,
+    operator TEXT NOT NULL, key TEXT NOT NULL, data BLOB NOT NULL);
 """
 #: Columns that tables of older schemas lack; all are texts.
 _ADDED: Final = {"runs": ("shifter",), "comments": ("shifter", "key")}
@@ -106,6 +109,7 @@ _COPIED: Final = {
     "shifters": "id,time_ns,name,operator,key",
     "attachments": "id,run,time_ns,name,file,bytes,sha256,shifter,operator,key",
     "delivered": "storage,comment",
+    "snapshots": "name,time_ns,asic,chips,comment,operator,key,data",
 }
 #: Maximum characters of a run's comment and of a comment of the e-log, of a run's kind, and of a shifter's name.
 MAX_COMMENT: Final = 10_000
@@ -114,6 +118,8 @@ MAX_SHIFTER: Final = 100
 #: Maximum number of comments on a run, and of their bytes: they are all in its sidecars.
 MAX_COMMENTS: Final = 5_000
 MAX_COMMENT_BYTES: Final = 2 << 20
+#: Maximum number of snapshots, of up to 1 MB each.
+MAX_SNAPSHOTS: Final = 1_000
 
 
 class AuditRow(msgspec.Struct, frozen=True):
@@ -521,6 +527,52 @@ class Catalogue:
         with self._errors():
             row = self._db.execute("SELECT name, time_ns FROM shifters ORDER BY id DESC LIMIT 1").fetchone()
         return {"name": row[0], "since": row[1] / 1e9} if row is not None else {"name": "", "since": 0.0}
+
+    # Snapshots of the chips' configurations.
+
+    def add_snapshot(self, name: str, asic: str, chips: int, comment: str, author: Author, data: bytes) -> None:
+        """Add a snapshot (control/snapshots.py). RequestError if the name is in use, or there are MAX_SNAPSHOTS."""
+        with self._errors():
+            (count,) = self._db.execute("SELECT count(*) FROM snapshots").fetchone()
+            if count >= MAX_SNAPSHOTS:
+                raise RequestError(f"save_snapshot: there are {count} snapshots already: remove_snapshot(name)")
+            try:
+                self._db.execute(
+                    "INSERT INTO snapshots (name, time_ns, asic, chips, comment, operator, key, data) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    (name, time.time_ns(), asic, chips, comment, author.operator, author.key, data),
+                )
+            except sqlite3.IntegrityError:
+                raise RequestError(f"save_snapshot: there is a snapshot {name!r} already") from None
+
+    def snapshots(self) -> list[dict[str, Any]]:
+        """List the snapshots, oldest first: {"name", "time" (unix s), "asic", "chips" (their number), "comment",
+        "operator", "key"}."""
+        names = ("name", "asic", "chips", "comment", "operator", "key")
+        with self._errors():
+            rows = self._db.execute(
+                f"SELECT time_ns,{','.join(names)} FROM snapshots ORDER BY time_ns, name"
+            ).fetchall()
+        return [{**dict(zip(names, row[1:], strict=True)), "time": row[0] / 1e9} for row in rows]
+
+    def snapshot(self, name: str) -> bytes:
+        """Return the data of a snapshot. RequestError if there is none of this name."""
+        with self._errors():
+            row = self._db.execute("SELECT data FROM snapshots WHERE name = ?", (name,)).fetchone()
+        if row is None:
+            raise RequestError(self._no_snapshot(name))
+        return bytes(row[0])
+
+    def remove_snapshot(self, name: str) -> None:
+        """Remove a snapshot. RequestError if there is none of this name."""
+        with self._errors():
+            removed = self._db.execute("DELETE FROM snapshots WHERE name = ?", (name,)).rowcount
+        if not removed:
+            raise RequestError(self._no_snapshot(name))
+
+    def _no_snapshot(self, name: str) -> str:
+        known = [snapshot["name"] for snapshot in self.snapshots()]
+        return f"there is no snapshot {name!r}; {advice(name, known, 'there are')}"
 
 
 def read_files(db: sqlite3.Connection, run: int) -> list[dict[str, Any]]:

@@ -26,6 +26,8 @@ _WORD: Final = re.compile(r"\w*$")
 _CLOSING: Final = {")": "(", "]": "[", "}": "{"}
 #: Parameters in which a chip is a number, not a key.
 _CHIP_NUMBERS: Final = ("adc_histogram", "pixel")
+#: Methods whose parameter `name` is a snapshot.
+_SNAPSHOT_NAMES: Final = ("remove_snapshot", "write_snapshot")
 
 
 @dataclass
@@ -174,6 +176,9 @@ class Names:
         found = self._ask("registers", lambda: self._operator.retrieve_configuration(chip=chip), {})
         return [name for name in found.get(chip, {}).get("wanted", {}) if isinstance(name, str)]
 
+    def snapshots(self) -> list[str]:
+        return [snapshot["name"] for snapshot in self._ask("snapshots", self._operator.snapshots, [])]
+
     def complete(self, argument: Argument) -> list[str]:
         """Return what the argument may be: texts of strings, and inside of run_routine(…) parameters with `=`."""
         function = getattr(type(self._operator), argument.method, None)
@@ -197,6 +202,8 @@ class Names:
             return self.chips()
         if parameter == "registers":
             return self.registers()
+        if parameter in ("snapshot", "other") or (parameter == "name" and method in _SNAPSHOT_NAMES):
+            return self.snapshots()
         if parameter == "updates":
             return ["all", *self.chips()] if depth == 1 else self.registers()
         return []

@@ -47,10 +47,12 @@ _NOTED_ACTIONS: Final = frozenset({"acknowledge_alarm"})
 _MAX_ALARM_ROWS: Final = 10_000
 #: Actions for the core's own user alone.
 _KEY_ACTIONS: Final = frozenset({"keys", "invite", "revoke", "rotate"})
-#: Actions of the e-log: they need no control, because they change nothing that is taken.
-_LOG_ACTIONS: Final = frozenset({"attach", "comment", "set_shifter"})
+#: Actions of the e-log and on snapshots: they need no control, because they change nothing that is taken.
+_LOG_ACTIONS: Final = frozenset({"attach", "comment", "set_shifter", "save_snapshot", "remove_snapshot"})
 #: Maximum number of unanswered requests of one Operator.
 MAX_UNANSWERED: Final = 1000
+#: Name of a snapshot: without / and .json, so that it is not taken for the path of a file.
+SnapshotName = Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^(?!.*\.json\Z)[^\x00-\x1f\x7f/]+\Z")]
 #: Names of the kinds of components in errors.
 _KIND_NAMES: Final = {PRODUCER: "producer", RUN_DATA: "online monitor"}
 
@@ -73,6 +75,18 @@ class _Comment(msgspec.Struct, forbid_unknown_fields=True):
 
 class _Shifter(msgspec.Struct, forbid_unknown_fields=True):
     name: str
+
+
+class _Snapshot(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+
+
+class _SaveSnapshot(msgspec.Struct, forbid_unknown_fields=True):
+    name: SnapshotName
+    asic: Annotated[str, Meta(max_length=16)]
+    chips: Annotated[int, Meta(ge=1)]
+    data: bytes
+    comment: Annotated[str, Meta(max_length=MAX_COMMENT)] = ""
 
 
 class _Actions(msgspec.Struct, forbid_unknown_fields=True):
@@ -184,6 +198,10 @@ class CoreActions:
             "comment": (_Comment, self._comment, False),
             "attach": (Piece, self._attach, False),
             "set_shifter": (_Shifter, self._set_shifter, False),
+            "save_snapshot": (_SaveSnapshot, self._save_snapshot, False),
+            "snapshots": (_Empty, lambda request: catalogue.snapshots(), False),
+            "snapshot": (_Snapshot, lambda request: {"data": catalogue.snapshot(request.params.name)}, False),
+            "remove_snapshot": (_Snapshot, self._remove_snapshot, False),
         }
 
     def handle(
@@ -399,6 +417,16 @@ class CoreActions:
     def _set_shifter(self, request: _CoreRequest) -> dict[str, Any]:
         self._catalogue.set_shifter(self._author("set_shifter", request, request.params.name))
         return self._catalogue.shifter()
+
+    def _save_snapshot(self, request: _CoreRequest) -> dict[str, Any]:
+        params: _SaveSnapshot = request.params
+        author = self._author("save_snapshot", request, None)
+        self._catalogue.add_snapshot(params.name, params.asic, params.chips, params.comment, author, params.data)
+        return {"name": params.name, "chips": params.chips, "bytes": len(params.data)}
+
+    def _remove_snapshot(self, request: _CoreRequest) -> dict[str, Any]:
+        self._catalogue.remove_snapshot(request.params.name)
+        return {"name": request.params.name}
 
     def _author(self, action: str, request: _CoreRequest, name: str | None) -> Author:
         """Return who asks for an entry of the e-log. `name`: the shifter; None: who is on shift."""

@@ -54,16 +54,19 @@ _KEPT: Final = {True: "kept", False: "lost", None: "not known"}
 #: Maximum channels of one answer; they take about 0.1 s of the producer's loop.
 _MOST_LAYOUT_CHANNELS: Final = 500_000
 #: Maximum differing registers that a result lists; all are counted.
-_LISTED: Final = 10_000
+LISTED: Final = 10_000
 #: Maximum times that enforce_configuration writes registers that differ.
 _TRIES: Final = 3
 
 
 def act(chips: ChipState, action: str, params: dict[str, Any], progress: Progress) -> Any:
     """Carry out an action, one of constants.HARDWARE_ACTIONS, with these arguments by name. Returns its result."""
+    from larpixdaq.hardware.snapshots import SnapshotActions  # here, because it builds on these classes
+
     boards = BoardActions(chips.link, chips.invalidate, progress, chips.dacs)
     groups = (
         ChipActions(chips, progress),
+        SnapshotActions(chips, progress),
         boards,
         RegisterActions(chips.link, chips.invalidate, chips.dacs),
         PowerActions(chips.link, chips.invalidate, progress, chips.dacs),
@@ -502,7 +505,7 @@ class ChipActions:
                 "expected": int(self._chips.wanted[indices[chip], address]),
                 "found": int(answers.values[chip, address]) if answers.counts[chip, address] else None,
             }
-            for chip, address in at[:_LISTED].tolist()
+            for chip, address in at[:LISTED].tolist()
         ]
         return {
             "ok": not len(at) and not answers.silent.any() and not answers.conflicts.any(),
