@@ -43,6 +43,7 @@ def board() -> Iterator[Emulator]:
 @pytest.fixture(scope="module")
 def operator(line: System, board: Emulator) -> Operator:
     (line.folder / "routines").mkdir()
+    (line.folder / "routines" / "broken.py").write_text("from larpix import nothing\n")
     (line.folder / "routines" / "slow.py").write_text(
         "from larpixdaq.routines import Routine\n"
         "def _slow(controller, send_data, send_info, steps: int = 3, name: str = ''):\n"
@@ -250,6 +251,9 @@ def test_routine(page: Browser) -> None:
     assert SCRIPT in page.text(".routine-result .facts")
     page.wait(lambda: page.run(CANVASES, page.find(".routine-result .plots")) > 0, "the plot of the result")
     assert not page.all(".routine-result img")
+    assert page.text(".routine-list option[value='broken.py']") == "broken.py: not loaded"
+    page.choose(".routine-list select[size]", "broken.py")
+    page.wait_text(".routine-list", "broken.py: ImportError: cannot import name 'nothing'")
 
 
 def test_wrong_requests_are_refused_by_the_core(page: Browser) -> None:
