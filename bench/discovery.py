@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from common import argument_parser, temporary_system
+from common import argument_parser, processor_seconds, temporary_system
 from emulated_board import Emulator
 
 from larpixdaq.emulators.network import TILE_CHIPS, Wiring, tile_wiring
 
-LIMIT = 600.0
+#: Maximum seconds of an action.
+LIMIT = 1800.0
 
 
 def reachable(boards: dict[int, Wiring], planted: dict[str, list[str]]) -> int:
@@ -57,6 +59,7 @@ def main() -> None:
         help="fraction of links that are broken in one direction (default %(default)g)",
     )
     parser.add_argument("--asic", default="2b", help="generation of the chips (default %(default)s)")
+    parser.add_argument("--progress", action="store_true", help="print progress to stderr")
     args = parser.parse_args()
     chips = args.tiles * TILE_CHIPS
     wirings = {board: tile_wiring(chips, asic=args.asic) for board in range(1, args.boards + 1)}
@@ -73,8 +76,13 @@ def main() -> None:
         try:
             operator = line.start("--pacman", *board.addresses, "--asic", args.asic)
             began = time.monotonic()
-            found = operator.discover_network(str(Path(folder) / "found.json")).result(LIMIT)
+            request = operator.discover_network(str(Path(folder) / "found.json"))
+            for response in request:
+                if response.kind == "progress" and args.progress:
+                    print(f"{time.monotonic() - began:6.1f} s: {response.text}", file=sys.stderr, flush=True)
+            found = request.result(LIMIT)
             discovered = time.monotonic()
+            processor = processor_seconds(board.process.pid)
             configured = operator.configure_network().result(LIMIT)
             ended = time.monotonic()
             result = {
@@ -84,6 +92,7 @@ def main() -> None:
                 "found": found["chips"],
                 "faults": len(found["faults"]),
                 "discover_s": round(discovered - began, 1),
+                "discover_emulator_processor_s": round(processor, 1),
                 "configure_s": round(ended - discovered, 1),
                 "configured": configured["ok"],
                 "state": found["state"],

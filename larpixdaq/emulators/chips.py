@@ -253,4 +253,4 @@ class EmulatedChips:
             if step > 0:
                 self.on_pulse(chip, step)
         else:
-            self.network.invalidate_chip(chip)
+            self.network.invalidate_chip(chip, address)

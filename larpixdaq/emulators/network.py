@@ -102,8 +102,8 @@ class Chain:
         """Ticks for each bit that the board receives on this io_channel, 0 when it does not receive."""
         return int(self.ticks_per_bit[io_channel]) if self.from_chips[io_channel] else 0
 
-    def invalidate_chip(self, chip: int) -> None:
-        """Discard the paths through a chip, because one of its watched registers has changed."""
+    def invalidate_chip(self, chip: int, address: int) -> None:
+        """Discard the paths through a chip, because its watched register at this address has changed."""
 
     def invalidate(self) -> None:
         """Discard all paths, because the power of chips or the board's UARTs have changed."""
@@ -180,13 +180,14 @@ class Network(Chain):
                 continue
             visited.add(chip)
             own_id, senders = int(self._registers[chip, self._id]), int(self._registers[chip, self._upstream])
-            ids = {own_id, self._also.get(chip, own_id)} - {BROADCAST}
-            for taken in ids:
-                if not path_ids >> taken & 1:
+            for taken in (own_id, self._also[chip]) if chip in self._also else (own_id,):
+                if not path_ids >> taken & 1 and taken != BROADCAST:
                     by_id.setdefault(taken, []).append(chip)
                 path_ids |= 1 << taken
             by_id.setdefault(BROADCAST, []).append(chip)
             self.flips_to[io_channel, chip] = flips
+            if not senders:
+                continue
             for uart, neighbour, neighbour_uart in self._wires[chip]:
                 if senders >> uart & 1:
                     flipped = (chip, neighbour) in self._flipping
@@ -194,6 +195,10 @@ class Network(Chain):
         return self._enter_listeners(io_channel, by_id).get(chip_id, [])
 
     def exits(self, chip: int) -> list[int]:
+        known = self._exit_of_neighbour(chip)
+        if known is not None:
+            self.leaves[chip], self.flips_from[chip] = known, 0
+            return [known] if known >= 0 else []
         io_channels = []
         queue, visited = [chip], {chip}
         flips = {chip: 0}
@@ -216,6 +221,17 @@ class Network(Chain):
         self.leaves[chip] = (io_channels[0] if io_channels else PathEnd.NONE) if direct else PathEnd.SEVERAL
         return io_channels
 
+    def _exit_of_neighbour(self, chip: int) -> int | None:
+        """Return the exit of the only neighbour that hears this chip, or NONE, if it is known; else None."""
+        uarts = int(self._registers[chip, self._downstream]) & 0xF
+        if uarts.bit_count() != 1 or self._flipping or any(uarts >> uart & 1 for uart, _ in self._exits[chip]):
+            return None
+        for uart, neighbour, receiver in self._wires[chip]:
+            if uarts >> uart & 1 and self._receives(neighbour, receiver):
+                known = int(self.leaves[neighbour])
+                return known if known >= PathEnd.NONE and self._ticks(neighbour) == self._ticks(chip) else None
+        return None
+
     def _enter_listeners(self, io_channel: int, by_id: dict[int, list[int]]) -> dict[int, list[int]]:
         super()._enter_listeners(io_channel, by_id)
         if self._flipping:
@@ -232,10 +248,12 @@ class Network(Chain):
             return self._chip_ticks
         return self._chip_ticks << (int(self._registers[chip, self._clock]) >> self._clock_shift & self._clock_mask)
 
-    def invalidate_chip(self, chip: int) -> None:
-        for io_channel in self._reached_from[chip]:
-            self.hears[io_channel].fill(PathEnd.UNKNOWN)
-        self.leaves.fill(PathEnd.UNKNOWN)
+    def invalidate_chip(self, chip: int, address: int) -> None:
+        if address != self._downstream:
+            for io_channel in self._reached_from[chip]:
+                self.hears[io_channel].fill(PathEnd.UNKNOWN)
+        if address not in (self._id, self._upstream):
+            self.leaves.fill(PathEnd.UNKNOWN)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
-from larpixdaq.hardware.register_io import BATCH
 from larpixdaq.hardware.register_map import ChipRegisters, words
 from larpixdaq.hardware.tile_shape import OPPOSITE, TileShape
 from larpixdaq.protocol import hardware
@@ -37,6 +36,8 @@ _MORE_READS: Final = 32
 _TRIES: Final = 2
 #: Fraction of reads without an answer from which a link is not used.
 _LOST: Final = 0.5
+#: Words of a message to a board, which must answer it in time beside other boards.
+_BATCH: Final = 512
 #: Seconds to wait for answers after those of the root chips, which are asked last, have come.
 _GRACE: Final = 0.05
 #: Seconds without any answer until missing answers of root chips are given up.
@@ -367,7 +368,7 @@ class NetworkDiscovery:
                 self._open(tile, parent, [probe.direction for probe in planned if probe.parent is parent])
             for probe in planned:
                 self._read(tile, probe.io_channel, probe.chip_id, self._links.id, _READS)
-            self._read_ids(tile, [_POWER_UP, *tile.shape.ids()])
+            self._read_ids(tile, {probe.io_channel for probe in planned}, [_POWER_UP, *tile.shape.ids()])
             for parent in parents:  # so that a chip which has not taken its id gets no other one
                 self._open(tile, parent, [])
         answers = self._exchange(list(probes))
@@ -389,12 +390,16 @@ class NetworkDiscovery:
                     doubtful.append((tile, chip))
             for chip_id in impostors:
                 self._exclude(tile, chip_id)
-            doubtful += self._doubtful(tile, answers)
+            doubtful += self._doubtful(tile, answers, {probe.io_channel for probe in planned})
         self._examine(list(dict.fromkeys(doubtful)))
 
-    def _doubtful(self, tile: Tile, answers: _Answers) -> list[tuple[Tile, Chip]]:
-        """Return the chips that have given no answer or a wrong one, after all ids were read."""
-        keys = {chip: self._key(tile, chip.io_channel, chip.chip_id) for chip in tile.chips.values()}
+    def _doubtful(self, tile: Tile, answers: _Answers, io_channels: Collection[int]) -> list[tuple[Tile, Chip]]:
+        """Return the chips with no answer or a wrong one, after all ids on these io_channels were read."""
+        keys = {
+            chip: self._key(tile, chip.io_channel, chip.chip_id)
+            for chip in tile.chips.values()
+            if chip.io_channel in io_channels
+        }
         return [(tile, chip) for chip, key in keys.items() if answers.bad[key[:3]] or not answers.right(key)]
 
     def _verify(self) -> bool:
@@ -403,13 +408,13 @@ class NetworkDiscovery:
         before = [(len(tile.chips), tile.restarts) for tile in tiles]
         for tile in tiles:
             self._settle(tile)
-            self._read_ids(tile, range(_POWER_UP, _LAST_ID + 1))
+            self._read_ids(tile, tile.io_channels, range(_POWER_UP, _LAST_ID + 1))
         answers = self._exchange(tiles)
         doubtful = []
         for tile in tiles:
             for chip_id in self._impostors(tile, answers):
                 self._exclude(tile, chip_id)
-            doubtful += self._doubtful(tile, answers)
+            doubtful += self._doubtful(tile, answers, tile.io_channels)
         self._examine(doubtful)
         return before != [(len(tile.chips), tile.restarts) for tile in tiles]
 
@@ -445,9 +450,8 @@ class NetworkDiscovery:
             self._open(tile, chip, [])
             self._answer_to(tile, chip.io_channel, chip.chip_id, chip.side)
 
-    def _read_ids(self, tile: Tile, ids: Iterable[int]) -> None:
-        """Read these ids on all io_channels of the tile."""
-        for io_channel in tile.io_channels:
+    def _read_ids(self, tile: Tile, io_channels: Iterable[int], ids: Iterable[int]) -> None:
+        for io_channel in io_channels:
             for chip_id in ids:
                 self._read(tile, io_channel, chip_id, self._links.id, 1)
 
@@ -723,8 +727,8 @@ class NetworkDiscovery:
         for io_group, content in queue.items():
             columns = np.array(content, np.int64).reshape(-1, 5).T
             made = _words(self._generation, *columns[1:])
-            for start in range(0, len(made), BATCH):
-                part = slice(start, start + BATCH)
+            for start in range(0, len(made), _BATCH):
+                part = slice(start, start + _BATCH)
                 number = self._link.send_words(io_group, columns[0, part].astype(np.uint8), made[part])
                 numbers.append((io_group, number))
         for io_group, number in numbers:
