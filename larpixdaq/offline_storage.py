@@ -20,6 +20,7 @@ from larpixdaq.errors import FileError, RequestError
 from larpixdaq.hdf5.names import highest_run
 from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.runtime.file_access import add_lock_dir_argument, lock_directory
+from larpixdaq.runtime.units import parse_whole
 from larpixdaq.storage.directory_lock import Lock, await_turn
 from larpixdaq.storage.limits import Limits, parse_limit
 from larpixdaq.storage.service import StorageService
@@ -32,6 +33,9 @@ _log = logging.getLogger("larpixdaq.offline_storage")
 DEFAULT_NAME = "Offline storage"
 #: Maximum frames that one turn of the loop takes from the stream.
 TURN_FRAMES: Final = 64
+#: Maximum number of packing threads without --threads: one packs some 50 M rows/s, and the main thread takes as many.
+DEFAULT_THREADS: Final = 3
+MAX_THREADS: Final = 64
 #: Milliseconds between two checks whether the core has answered, after the process stood still.
 CHECK_MS: Final = 10
 
@@ -52,6 +56,7 @@ class Storage:
             limits=Limits.of(options.rotate),
             on_close=options.on_close,
             fsync=options.durability == "fsync",
+            threads=options.threads or default_threads(),
             raw=options.raw,
             template=options.name_template,
         )
@@ -176,7 +181,17 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         help="acknowledged data survive the death of any process (flush), or also a power cut (fsync, which waits for "
         "the disk) (default %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=lambda text: parse_whole(text, 1, MAX_THREADS), metavar="N",
+        help="threads that pack rows, beside the main thread (default: one less than the processors that it may use, "
+        f"from 1 to {DEFAULT_THREADS})",
+    )  # fmt: skip
     add_lock_dir_argument(parser)
+
+
+def default_threads() -> int:
+    """Return the number of packing threads for the processors that this process may use."""
+    return max(1, min(len(os.sched_getaffinity(0)) - 1, DEFAULT_THREADS))
 
 
 def own_options(options: argparse.Namespace) -> list[str]:
@@ -185,8 +200,9 @@ def own_options(options: argparse.Namespace) -> list[str]:
     locks = [f"--lock-dir={options.lock_dir}"] if options.lock_dir else []
     files = ["--raw"] if options.raw else []
     files += [f"--name-template={options.name_template}"] if options.name_template else []
+    threads = [f"--threads={options.threads}"] if options.threads else []
     rotate = [f"--rotate={limit}" for limit in options.rotate]
-    return [*rotate, *command, *files, f"--durability={options.durability}", *locks]
+    return [*rotate, *command, *files, f"--durability={options.durability}", *threads, *locks]
 
 
 def _command(text: str) -> tuple[str, ...]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+import weakref
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Final
 
 import numpy as np
@@ -21,10 +21,11 @@ from larpixdaq._native.hdf5_chunks import Packer
 from larpixdaq.hdf5 import layout
 from larpixdaq.protocol.packed_rows import unpack_chunk
 
-#: Rows of a batch, a few chunks of schema.CHUNK_ROWS: there are two flushes per batch instead of two per chunk.
-BATCH_ROWS: Final = 4 * schema.CHUNK_ROWS
-#: Chunks of a batch that a thread packs while the batch fills up: all except the last.
-_PACKED_EARLY: Final = BATCH_ROWS // schema.CHUNK_ROWS - 1
+#: Full chunks that are written to the file when the first of their blocks has waited for long enough. With fewer, the
+#: journal takes the blocks, because each write costs some ten system calls.
+LEAST: Final = 4
+#: Full chunks that are written at once. Half of the stream's window holds more of them, so that blocks come meanwhile.
+MOST: Final = 12
 #: Rows between two calls of show() below which a plain chunk takes less room than a chunk that is packed each time.
 _SLOW_ROWS: Final = schema.CHUNK_ROWS // 8
 #: Share of a plain chunk's size: when the packed copies of a chunk exceed it, the chunk is written plain. Short runs do
@@ -36,32 +37,64 @@ WINDOW: Final = 16 << 20
 KEPT: Final = 256 << 20
 
 
-class Batch:
-    """Double buffer of rows: the batch that is being filled, and the previous one.
+class _Chunk:
+    """A chunk of a batch. `rows`: buffer of its rows, None before it is needed and after the rows are not needed."""
 
-    The previous batch is kept because a block may straddle the boundary, and the journal needs it whole. Rows beyond
-    the end of the current batch are staged at the beginning of the previous one, which is far from that block.
+    __slots__ = ("packed", "packing", "received", "rows")
+
+    def __init__(self) -> None:
+        self.rows: NDArray[np.uint8] | None = None
+        self.received: bytes | None = None  # as it came packed, unless it was unpacked before it was in the file
+        self.packed: bytes | Exception | None = None  # by a thread, which releases `packing` then
+        self.packing = threading.Lock()
+
+    def result(self) -> bytes:
+        """Return the packed chunk, when it is packed."""
+        if self.received is not None:
+            return self.received
+        with self.packing:
+            assert self.packed is not None
+        if isinstance(self.packed, Exception):
+            raise self.packed
+        return self.packed
+
+    @property
+    def is_packed(self) -> bool:
+        return self.received is not None or self.packed is not None
+
+
+class Batch:
+    """The newest rows of a file, in chunks: from the first chunk that is not written for good to the newest row.
+
+    Threads pack full chunks while others fill up. The rows of a chunk are kept as long as the journal may need them,
+    and those of the last chunk before the batch, because a block may straddle its boundary and the journal needs it
+    whole.
 
     `rows`: all rows of the file, written or not; `base`: the first row of the batch, counted from the file's first.
     """
 
-    def __init__(self, packets: Any, itemsize: int) -> None:
+    def __init__(self, packets: Any, itemsize: int, threads: int = 1) -> None:
+        """`packets`: the dataset; `threads`: those that pack chunks."""
         self.rows = 0
         self.base = 0
+        self._chunks: list[_Chunk] = []
+        self._previous: _Chunk | None = None  # the last chunk before the batch
+        self._free: list[NDArray[np.uint8]] = []  # buffers, the newest last, because the cache has it
         self._unfinished = -1, 0  # the chunk in the file that is written anew: first row, size in bytes
-        self._final_chunks = 0  # chunks of the batch that are in the file and do not change any more
-        self._visible_rows = 0  # rows of the batch that show() has written
+        self._written = 0  # chunks of the batch that are in the file and do not change any more
+        self._packed = 0  # chunks of the batch, from the first, that are packed
+        self._visible_rows = 0  # rows in the file
         self._packed_bytes = 0  # bytes that show() has written of its last chunk
         self._packets = packets
         self._size = itemsize
-        self._current = np.zeros((BATCH_ROWS, itemsize), np.uint8)
-        self._previous = np.zeros((BATCH_ROWS, itemsize), np.uint8)
-        self._thread = ThreadPoolExecutor(1, "packing")
-        self._packed: list[Future[bytes]] = []  # the first chunks of the batch
-        self._received: dict[int, bytes] = {}  # chunks of the batch that came packed, and were not unpacked
+        self._full: SimpleQueue[_Chunk | None] = SimpleQueue()  # chunks for the threads; None ends one
+        for number in range(threads):
+            packer = Packer(schema.CHUNK_ROWS, itemsize)
+            threading.Thread(target=_pack, args=(self._full, packer), name=f"packing {number}", daemon=True).start()
+            weakref.finalize(self, self._full.put, None)
+        self._packer = Packer(schema.CHUNK_ROWS, itemsize)  # of unfinished chunks
         #: Chunks in the file that came packed, and were not unpacked.
         self.unread_chunks = 0
-        self._thread_packer, self._packer = (Packer(schema.CHUNK_ROWS, itemsize) for _ in range(2))
 
     def resume(self, rows: int) -> None:
         """Continue a file after its first `rows` rows, perhaps within a chunk; rows after these are removed."""
@@ -72,87 +105,123 @@ class Batch:
             self._packets.resize((whole,))
         if self.base < self._packets.shape[0]:
             self._unfinished = self.base, int(self._packets.id.get_chunk_info_by_coord((self.base,)).size)
-        self._current[: rows - self.base] = self._packets[self.base : rows].view(np.uint8).reshape(-1, self._size)
+        self._visible_rows = int(self._packets.shape[0])
+        if rows > self.base:
+            kept = self._packets[self.base : rows].view(np.uint8).reshape(-1, self._size)
+            self._rows_of(0)[: rows - self.base] = kept
+
+    @property
+    def full_chunks(self) -> int:
+        """Number of full chunks in the batch."""
+        return (self.rows - self.base) // schema.CHUNK_ROWS
 
     def stage(self, data: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-        """Copy rows into the buffer, for commit() to add to the batch; return the copy, in one or two pieces.
+        """Copy rows into the batch, for commit() to add; return the copy, in one piece for each chunk.
 
-        data: bytes of fewer than BATCH_ROWS rows, shape (N,).
+        data: bytes of rows, shape (N,).
         """
         rows = data.reshape(-1, self._size)
-        used = self.rows - self.base
-        room = BATCH_ROWS - used
-        self._current[used : used + len(rows)] = rows[:room]
-        pieces = [self._current[used : used + len(rows)].reshape(-1)]
-        if len(rows) > room:
-            self._previous[: len(rows) - room] = rows[room:]
-            pieces.append(self._previous[: len(rows) - room].reshape(-1))
-        return pieces
+        index, used = divmod(self.rows - self.base, schema.CHUNK_ROWS)
+        pieces = []
+        while True:
+            n = min(len(rows), schema.CHUNK_ROWS - used)
+            piece = self._rows_of(index)[used : used + n]
+            piece[:] = rows[:n]
+            pieces.append(piece.reshape(-1))
+            rows = rows[n:]
+            if not len(rows):
+                return pieces
+            index, used = index + 1, 0
 
     @property
     def begins_chunk(self) -> bool:
         """Whether the next row is the first one of a chunk."""
         return self.rows % schema.CHUNK_ROWS == 0
 
-    def add_chunk(self, packed: bytes, full: Callable[[], None]) -> None:
+    def add_chunk(self, packed: bytes) -> None:
         """Add a packed chunk at the beginning of a chunk, as commit() adds rows."""
-        index = (self.rows - self.base) // schema.CHUNK_ROWS
-        self._received[index] = packed
-        self.commit(schema.CHUNK_ROWS, full)
+        chunk = self._chunk(self.full_chunks)
+        self._release(chunk)  # rows that were staged and not committed
+        chunk.received = packed
+        self.commit(schema.CHUNK_ROWS)
 
-    def commit(self, n: int, full: Callable[[], None]) -> None:
-        """Add the n rows that were staged last to the batch; call `full` when that fills it up."""
-        room = BATCH_ROWS - (self.rows - self.base)
+    def commit(self, n: int) -> None:
+        """Add the n rows that were staged last to the batch."""
+        before = self.full_chunks
         self.rows += n
-        for index in range(len(self._packed), min((self.rows - self.base) // schema.CHUNK_ROWS, _PACKED_EARLY)):
-            self._packed.append(self._thread.submit(self._pack, self._thread_packer, index))
-        if n >= room:
-            full()
-            self._previous, self._current = self._current, self._previous
-            self.base += BATCH_ROWS
+        for index in range(before, self.full_chunks):
+            self._start_packing(self._chunks[index])
+        self._release_rows()
 
     def pieces(self, start: int, stop: int) -> list[NDArray[np.uint8]]:
-        """Return the bytes of rows `start` to `stop` of the file, in one or two pieces; both batches together must have
-        them. ChecksumError if they came packed and are damaged.
+        """Return the bytes of rows `start` to `stop` of the file, in one piece for each chunk. ChecksumError if they
+        came packed and are damaged.
 
-        A chunk that is unpacked for this before it is in the file is packed anew: HDF5 reads it by zlib, which refuses
+        The rows must belong to a block that does not end in one of LEAST or more full chunks: write() takes these. A
+        chunk that is unpacked for this before it is in the file is packed anew: HDF5 reads it by zlib, which refuses
         some data that ISA-L takes.
         """
-        start, stop = start - self.base, stop - self.base
-        for index in list(self._received):
-            if start < (index + 1) * schema.CHUNK_ROWS and index * schema.CHUNK_ROWS < stop:
-                unpack_chunk(self._received[index], self._chunk(index), self._size)
-                if index < self._final_chunks:
-                    continue
-                del self._received[index]
-                if index < len(self._packed):
-                    self._packed[index] = self._thread.submit(self._pack, self._thread_packer, index)
-        previous = [self._previous[start:].reshape(-1)] if start < 0 else []
-        return [*previous, self._current[max(start, 0) : stop].reshape(-1)]
+        found = []
+        while start < stop:
+            index, first = divmod(start - self.base, schema.CHUNK_ROWS)
+            n = min(stop - start, schema.CHUNK_ROWS - first)
+            chunk = self._chunk(index) if index >= 0 else self._previous
+            assert chunk is not None
+            if chunk.rows is None:
+                assert chunk.received is not None
+                rows = self._buffer()
+                unpack_chunk(chunk.received, rows.reshape(-1), self._size)
+                chunk.rows = rows
+                if index >= self._written:
+                    chunk.received = None
+                    self._start_packing(chunk)
+                    self._packed = min(self._packed, index)
+            found.append(chunk.rows[first : first + n].reshape(-1))
+            start += n
+        return found
 
-    def write(self) -> int:
-        """Write the rows of the batch, which at the end of a file may be partly filled; return the row after them."""
-        filled = self._fill_up()
-        self._write_chunks(-(-filled // schema.CHUNK_ROWS))
-        self._packed.clear()
-        self.unread_chunks += len(self._received)
-        self._received.clear()
-        self._final_chunks = self._visible_rows = 0
-        return self.base + filled
+    def write(self, *, wait: bool = True) -> int:
+        """Write the full chunks, which leave the batch; return the row after them.
+
+        wait: until all of them are packed; otherwise at least LEAST chunks are written, and those that are packed.
+        """
+        full = self.full_chunks
+        self._release_rows()
+        n = full if wait else max(self._packed, min(LEAST, full))
+        self._set_rows(max(self.base + n * schema.CHUNK_ROWS, self._visible_rows))
+        self._write_chunks(n)
+        for chunk in self._chunks[:n]:
+            self.unread_chunks += chunk.received is not None
+        if n:
+            for chunk in (self._previous, *self._chunks[: n - 1]):
+                self._release(chunk)
+            self._previous = self._chunks[n - 1]
+            del self._chunks[:n]
+            self.base += n * schema.CHUNK_ROWS
+            self._written, self._packed = max(0, self._written - n), max(0, self._packed - n)
+        return self.base
+
+    def write_all(self) -> int:
+        """Write the full chunks and the unfinished one, which stays in the batch; return the row after them."""
+        self.write()
+        self._set_rows(self.rows)
+        if rows := self.rows - self.base:
+            self._place(0, self._packer.pack(self._padded(0, rows)))
+        return self.rows
 
     def show(self) -> None:
-        """Write the rows of the unfinished batch for readers of the growing file; write() writes its last chunk anew.
+        """Write the rows of the batch for readers of the growing file; write() writes its last chunk anew.
 
         A packed chunk takes a new place in the file each time, because a reader of a place that is overwritten would
         get a mixture; the old place is lost. A chunk that fills up slowly is written without filters, and overwritten
         in place, because its rows so far do not change.
         """
-        filled = self._fill_up()
-        new, self._visible_rows = filled - self._visible_rows, filled
-        self._write_chunks(filled // schema.CHUNK_ROWS)
-        if not filled % schema.CHUNK_ROWS:
+        new, full = self.rows - self._visible_rows, self.full_chunks
+        self._set_rows(self.rows)
+        self._write_chunks(full)
+        if self.begins_chunk:
             return
-        first, chunk = self.base + self._final_chunks * schema.CHUNK_ROWS, self._chunk(self._final_chunks)
+        first, chunk = self.base + full * schema.CHUNK_ROWS, self._padded(full, self.rows % schema.CHUNK_ROWS)
         plain = self._unfinished == (first, len(chunk))
         if not plain:
             packed = self._packer.pack(chunk)
@@ -162,23 +231,20 @@ class Batch:
             self._packets.id.write_direct_chunk((first,), chunk, filter_mask=layout.NO_FILTERS)
             self._unfinished = first, len(chunk)
         else:
-            self._place(self._final_chunks, packed)
+            self._place(full, packed)
 
-    def _fill_up(self) -> int:
-        """Make room in the file for the rows of the batch, with zeros to the end of the last chunk; return their
-        number."""
-        filled = min(self.rows - self.base, BATCH_ROWS)
-        self._packets.resize((self.base + filled,))
-        self._current[filled : -(-filled // schema.CHUNK_ROWS) * schema.CHUNK_ROWS] = 0
-        return filled
+    def _set_rows(self, rows: int) -> None:
+        """Set the number of rows in the file."""
+        if rows != self._visible_rows:
+            self._packets.id.set_extent((rows,))
+            self._visible_rows = rows
 
     def _write_chunks(self, stop: int) -> None:
         """Write the chunks of the batch below `stop` that are not final in the file."""
-        for index in range(self._final_chunks, stop):
-            packed = self._packed[index].result() if index < len(self._packed) else self._pack(self._packer, index)
-            self._place(index, packed)
+        for index in range(self._written, stop):
+            self._place(index, self._chunks[index].result())
             self._packed_bytes = 0
-        self._final_chunks = max(self._final_chunks, stop)
+        self._written = max(self._written, stop)
 
     def _place(self, index: int, packed: bytes) -> None:
         first = self.base + index * schema.CHUNK_ROWS
@@ -189,14 +255,61 @@ class Batch:
         self._packets.id.write_direct_chunk((first,), packed)
         self._unfinished = first, len(packed)
 
-    def _pack(self, packer: Packer, index: int) -> bytes:
-        """Return a full chunk of the batch packed."""
-        received = self._received.get(index)
-        return packer.pack(self._chunk(index)) if received is None else received
+    def _start_packing(self, chunk: _Chunk) -> None:
+        """Let a thread pack a full chunk, unless it came packed."""
+        if chunk.received is None:
+            chunk.packing.acquire()
+            self._full.put(chunk)
 
-    def _chunk(self, index: int) -> NDArray[np.uint8]:
-        """Return the bytes of a chunk of the batch."""
-        return self._current[index * schema.CHUNK_ROWS : (index + 1) * schema.CHUNK_ROWS].reshape(-1)
+    def _release_rows(self) -> None:
+        """Note which chunks are packed, and use the buffers of rows again that the journal cannot need any more.
+
+        The rows of the last packed chunk stay, because a block may begin in it and end in a chunk that is not packed.
+        """
+        full = self.full_chunks
+        while self._packed < full and self._chunks[self._packed].is_packed:
+            self._packed += 1
+        if full >= LEAST:
+            for chunk in self._chunks[: max(0, self._packed - 1)]:
+                self._release(chunk)
+
+    def _release(self, chunk: _Chunk | None) -> None:
+        if chunk is not None and chunk.rows is not None:
+            self._free.append(chunk.rows)
+            chunk.rows = None
+
+    def _chunk(self, index: int) -> _Chunk:
+        """Return a chunk of the batch, of which there is at least the one before."""
+        if index == len(self._chunks):
+            self._chunks.append(_Chunk())
+        return self._chunks[index]
+
+    def _rows_of(self, index: int) -> NDArray[np.uint8]:
+        """Return the rows of a chunk that is not full, shape (CHUNK_ROWS, itemsize)."""
+        chunk = self._chunk(index)
+        if chunk.rows is None:
+            chunk.rows = self._buffer()
+        return chunk.rows
+
+    def _padded(self, index: int, rows: int) -> NDArray[np.uint8]:
+        """Return the bytes of a chunk with zeros after its first `rows` rows."""
+        chunk = self._rows_of(index)
+        chunk[rows:] = 0
+        return chunk.reshape(-1)
+
+    def _buffer(self) -> NDArray[np.uint8]:
+        return self._free.pop() if self._free else np.zeros((schema.CHUNK_ROWS, self._size), np.uint8)
+
+
+def _pack(full: SimpleQueue[_Chunk | None], packer: Packer) -> None:
+    """Pack chunks, in a thread. A queue and a lock take a tenth of the time of an executor."""
+    while (chunk := full.get()) is not None:
+        assert chunk.rows is not None
+        try:
+            chunk.packed = packer.pack(chunk.rows.reshape(-1))
+        except Exception as error:  # for the loop
+            chunk.packed = error
+        chunk.packing.release()
 
 
 class WriteBack:

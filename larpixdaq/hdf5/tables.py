@@ -47,6 +47,7 @@ class WaitingFrame(NamedTuple):
     account: Account
     start: int
     stop: int
+    came: float  # monotonic time
     message: InfoMessage | None = None
 
 
@@ -127,7 +128,8 @@ class Tables:
                 rows = []
                 self._write_end(frame, account)
                 continue
-            self.append("ledger/gaps", account.gaps(frame))
+            if frame.gaps:
+                self.append("ledger/gaps", account.gaps(frame))
             self.add_message(entry)
             if frame.configs is not None:
                 self.add_configs(configuration_rows(frame, account.index))

@@ -1,10 +1,12 @@
 """Write blocks into one part of a run, so that every acknowledged block survives the death of this process.
 
-Rows are collected in batches. A full batch is written to /packets. Then the blocks that end in it get their rows in
-/run/blocks, and then the journal is emptied. A block that has waited for WAIT seconds goes to the journal, whole.
+Rows are collected in batches of chunks. When a batch has chunk_writer.MOST full chunks, or some and a block has waited
+for WAIT seconds, the full chunks are written to /packets. Then the blocks that end in them get their rows in
+/run/blocks, and then the journal is emptied. With fewer than LEAST full chunks, blocks that have waited go to the
+journal, whole.
 
-Every SHOW_INTERVAL seconds the rows of an unfinished batch are written to /packets too, for readers of the growing
-file. No block in /run/blocks refers to these rows yet, so recovery cuts them and takes the rows from the journal.
+Every SHOW_INTERVAL seconds the rows of the batch are written to /packets too, for readers of the growing file. No block
+in /run/blocks refers to these rows yet, so recovery cuts them and takes the rows from the journal.
 
 A block below the position in `durable` is therefore in /run/blocks or in the journal. It survives a power cut after
 publish(), which syncs the file; with `fsync`, as soon as it is below that position.
@@ -30,7 +32,7 @@ from larpixdaq import schema
 from larpixdaq._native import hdf5_chunks
 from larpixdaq.constants import RunCondition
 from larpixdaq.errors import ChecksumError, FileError, ProtocolError, cause
-from larpixdaq.hdf5 import layout, ledger, metadata, names, tables
+from larpixdaq.hdf5 import chunk_writer, layout, ledger, metadata, names, tables
 from larpixdaq.hdf5.chunk_writer import Batch, WriteBack
 from larpixdaq.hdf5.journal import Journal
 from larpixdaq.hdf5.ledger import Account, check_block, check_content, check_end, check_layout, describe
@@ -72,6 +74,7 @@ class RunFile:
         positions: Mapping[BlockOrigin, int] = {},
         *,
         fsync: bool = False,
+        threads: int = 1,
         configurations: CarriedConfigurations = tables.NO_CONFIGURATIONS,
     ) -> None:
         """Create NAME.h5.part and its journal. FileError in one line when they cannot be created.
@@ -80,6 +83,7 @@ class RunFile:
         ignored.
         `configurations`: those of the chips at the end of the previous part.
         `fsync`: durable blocks survive a power cut too; each write then waits for the disk.
+        `threads`: those that pack chunks.
         """
         stem = names.stem(info.run, info.started_ns, part, info.storage)
         start_positions = {origin: position for origin, position in positions.items() if origin.run == info.run}
@@ -94,7 +98,7 @@ class RunFile:
         except BaseException:
             self._journal.close(remove=True)
             raise
-        self._batch = Batch(self._file["packets"], info.layout.dtype.itemsize)
+        self._batch = Batch(self._file["packets"], info.layout.dtype.itemsize, threads)
         self._tables = Tables(self._file, self._flush)
         try:
             self._try(lambda: self._describe(configurations))
@@ -155,7 +159,6 @@ class RunFile:
         #: When a rotation opened this part, unix ns; 0: no rotation did.
         self.rotated_in_ns = 0
         self._journaled = 0  # number of waiting frames, from the first, that are in the journal
-        self._oldest = 0.0  # monotonic time at which the first of the other waiting frames came
         self._unwritten_messages: list[WaitingFrame] = []  # waiting INFO messages whose texts are not in /messages
         self._visible_rows = 0  # rows that readers of the growing file can see
         self._show_time = monotonic()  # monotonic time at which these rows were written
@@ -249,7 +252,8 @@ class RunFile:
         entry = self._enqueue_block(block, account, message)
         if message is not None:
             self._unwritten_messages.append(entry)
-        self._try(lambda: self._batch.commit(block.rows, self._write_batch))
+        self._batch.commit(block.rows)
+        self._write_full_batch()
 
     def _add_chunk(self, block: stream.Block, packed: PackedRows) -> None:
         """Add a block whose packed rows are the next chunk of the file."""
@@ -264,7 +268,8 @@ class RunFile:
         account = self._open_account(block)
         account.tally += packed.tally
         self._enqueue_block(block, account)
-        self._try(lambda: self._batch.add_chunk(bytes(packed.data), self._write_batch))
+        self._batch.add_chunk(bytes(packed.data))
+        self._write_full_batch()
 
     def _open_account(self, block: stream.Block) -> Account:
         """Return the account of a block's origin, which must not have ended."""
@@ -276,8 +281,8 @@ class RunFile:
     def _enqueue_block(self, block: stream.Block, account: Account, message: InfoMessage | None = None) -> WaitingFrame:
         self._missing += account.add_block(block.sequence, block.first_packet, block.rows)
         account.drop((gap.io_group, gap.rows) for gap in block.gaps)
-        entry = WaitingFrame(block, account, self.rows, self.rows + block.rows, message)
-        self._enqueue(entry)
+        entry = WaitingFrame(block, account, self.rows, self.rows + block.rows, monotonic(), message)
+        self._waiting.append(entry)
         return entry
 
     def end(self, end: stream.End) -> None:
@@ -296,7 +301,7 @@ class RunFile:
         self._missing += account.skip_to(end.next)
         account.end = end
         account.drop((gap.io_group, gap.rows) for gap in end.gaps)
-        self._enqueue(WaitingFrame(end, account, self.rows, self.rows))
+        self._waiting.append(WaitingFrame(end, account, self.rows, self.rows, monotonic()))
 
     def _check_run(self, frame: stream.Block | stream.End) -> None:
         if frame.run != self.info.run:
@@ -328,17 +333,12 @@ class RunFile:
     def _descriptor(self) -> int:
         return int(self._file.id.get_vfd_handle())
 
-    def _enqueue(self, entry: WaitingFrame) -> None:
-        if len(self._waiting) == self._journaled:
-            self._oldest = monotonic()
-        self._waiting.append(entry)
-
     # Journal and batches
 
     def due(self) -> float | None:
         """Return the time.monotonic() at which work() must be called; None: not before the next frame."""
         if len(self._waiting) > self._journaled:
-            return self._oldest + WAIT
+            return self._waiting[self._journaled].came + WAIT
         return self._show_time + SHOW_INTERVAL if self.rows > self._visible_rows else None
 
     def work(self, *, pressed: bool = False) -> None:
@@ -347,24 +347,36 @@ class RunFile:
         `pressed`: write all waiting blocks, because half of the stream's window is used.
         """
         self._check_usable()
-        if len(self._waiting) > self._journaled and (pressed or monotonic() >= self._oldest + WAIT):
-            waiting = [self._waiting[i] for i in range(self._journaled, len(self._waiting))]
-            records = []
-            try:
-                for entry in waiting:
-                    pieces = self._batch.pieces(entry.start, entry.stop)
-                    if isinstance(entry.frame, stream.Block):  # because a record with damaged rows ends a recovery
-                        check_content(entry.frame, pieces, self.info.layout)
-                    records.append((stream.pack(entry.frame), pieces))
-            except ChecksumError as error:
-                self.damaged_by = entry.frame.producer
-                self.failed = f"cannot be written any more: {error}"
-                raise FileError(f"{self.path} {self.failed}") from None
-            self._try(lambda: self._journal.append(records))
-            self._journaled = len(self._waiting)
-            self._acknowledge(waiting)
+        if self._batch.full_chunks >= chunk_writer.LEAST and self._is_due(pressed):
+            self._try(lambda: self._write_batch(self._batch.write()))
+        if self._is_due(pressed):
+            self._write_journal()
         if self.rows > self._visible_rows and monotonic() >= self._show_time + SHOW_INTERVAL:
             self._try(self._show)
+
+    def _is_due(self, pressed: bool) -> bool:
+        """Whether a frame that is not in the journal has waited for WAIT, or must be written at once."""
+        return len(self._waiting) > self._journaled and (
+            pressed or monotonic() >= self._waiting[self._journaled].came + WAIT
+        )
+
+    def _write_journal(self) -> None:
+        """Write the frames that are not in the journal there."""
+        waiting = [self._waiting[i] for i in range(self._journaled, len(self._waiting))]
+        records = []
+        try:
+            for entry in waiting:
+                pieces = self._batch.pieces(entry.start, entry.stop)
+                if isinstance(entry.frame, stream.Block):  # because a record with damaged rows ends a recovery
+                    check_content(entry.frame, pieces, self.info.layout)
+                records.append((stream.pack(entry.frame), pieces))
+        except ChecksumError as error:
+            self.damaged_by = entry.frame.producer
+            self.failed = f"cannot be written any more: {error}"
+            raise FileError(f"{self.path} {self.failed}") from None
+        self._try(lambda: self._journal.append(records))
+        self._journaled = len(self._waiting)
+        self._acknowledge(waiting)
 
     def _show(self) -> None:
         for entry in self._unwritten_messages:
@@ -379,8 +391,13 @@ class RunFile:
         for entry in done:
             self.durable[entry.frame.origin] = entry.frame.following
 
-    def _write_batch(self) -> None:
-        stop = self._batch.write()
+    def _write_full_batch(self) -> None:
+        if self._batch.full_chunks >= chunk_writer.MOST:
+            # Without waiting for the last chunks to be packed, unless the journal has blocks that may end in them.
+            self._try(lambda: self._write_batch(self._batch.write(wait=self._journaled > 0)))
+
+    def _write_batch(self, stop: int) -> None:
+        """Name the blocks in /run/blocks that end before row `stop`, to which the batch has just been written."""
         done = []
         while self._waiting and self._waiting[0].stop <= stop:
             done.append(self._waiting.popleft())
@@ -388,12 +405,12 @@ class RunFile:
         self._write_back.advance(self.bytes)
         self._missing.clear()
         self._unwritten_messages = [entry for entry in self._waiting if entry.message is not None]
-        # At most one block still waits: the block that straddles the end of the batch. It is the newest, so it is not
-        # in the journal yet, and nothing in the journal is needed.
-        self._journal.clear()
-        self._journaled = 0
-        self._oldest = self._show_time = monotonic()
-        self._visible_rows = stop
+        # All frames in the journal are done, because it gets frames only while fewer than LEAST chunks are full.
+        self._journaled = max(0, self._journaled - len(done))
+        if not self._journaled:
+            self._journal.clear()
+        self._show_time = monotonic()
+        self._visible_rows = max(stop, self._visible_rows)
         self._acknowledge(done)
 
     # Metadata and the close
@@ -472,7 +489,7 @@ class RunFile:
         )
 
         def finish() -> None:
-            self._write_batch()
+            self._write_batch(self._batch.write_all())
             for name, text in (texts or {}).items():
                 self._tables.add_text(name, text)
             if unread := self._batch.unread_chunks:

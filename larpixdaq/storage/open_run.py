@@ -48,7 +48,9 @@ class OpenRun:
     `file`: the part; None after the disk has failed, until the next part opens.
     """
 
-    def __init__(self, directory: Path, info: RunInfo, *, announced: bool, limits: Limits, fsync: bool) -> None:
+    def __init__(
+        self, directory: Path, info: RunInfo, *, announced: bool, limits: Limits, fsync: bool, threads: int
+    ) -> None:
         self.directory = directory
         self.info = info
         self.announced = announced
@@ -63,7 +65,7 @@ class OpenRun:
         self.last_end: float | None = None
         self._comments: dict[int, Comment] = {}  # by id
         self._written_comments: set[int] = set()  # their ids
-        self._limits, self._fsync = limits, fsync
+        self._limits, self._fsync, self._threads = limits, fsync, threads
         self._opened = 0.0
         self._before = (0, 0)  # rows and bytes of the parts that were closed
 
@@ -93,7 +95,8 @@ class OpenRun:
         self, number: int, positions: Mapping[BlockOrigin, int], configurations: CarriedConfigurations
     ) -> RunFile:
         self._opened = time.monotonic()
-        return RunFile(self.directory, self.info, number, positions, fsync=self._fsync, configurations=configurations)
+        how: dict[str, Any] = {"fsync": self._fsync, "threads": self._threads, "configurations": configurations}
+        return RunFile(self.directory, self.info, number, positions, **how)
 
     def announce(self, info: RunInfo) -> None:
         """Take over the core's metadata of a run whose blocks came first. FileError when the disk fails."""

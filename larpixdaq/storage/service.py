@@ -72,10 +72,11 @@ class StorageService:
         fsync: bool = False,
         raw: bool = False,
         template: NameTemplate | None = None,
+        threads: int = 1,
     ) -> None:
         """`label`: the storage's name in its files' names, empty for the first or only storage; `limits`: when a run
-        continues in the next part; `fsync`: as in RunFile; `on_close`, `raw`, `template`: command, raw file and second
-        name of each finished file."""
+        continues in the next part; `fsync`, `threads`: as in RunFile; `on_close`, `raw`, `template`: command, raw file
+        and second name of each finished file."""
         self.directory = directory
         self.name = name
         self.label = label
@@ -83,7 +84,7 @@ class StorageService:
         self.paused = ""  # the reason why nothing is written; empty: blocks are written
         self.space = Space(directory)
         self.finisher = Finisher(on_close, raw=raw, template=template)
-        self._limits, self._fsync = limits, fsync
+        self._limits, self._fsync, self._threads = limits, fsync, threads
         self._runs: dict[int, OpenRun] = {}
         self._infos: dict[int, RunInfo] = {}
         self._cancelled: set[int] = set()
@@ -258,7 +259,8 @@ class StorageService:
         self._infos[info.run] = info
         while len(self._infos) > _REMEMBERED:
             del self._infos[next(iter(self._infos))]
-        return OpenRun(self.directory, info, announced=announced, limits=self._limits, fsync=self._fsync)
+        how: dict[str, Any] = {"limits": self._limits, "fsync": self._fsync, "threads": self._threads}
+        return OpenRun(self.directory, info, announced=announced, **how)
 
     # Free space and failing disks
 

@@ -40,7 +40,7 @@ from file_builder import Feed, random_rows, run_info
 
 from larpixdaq import schema
 from larpixdaq.constants import BLOCK_ROWS
-from larpixdaq.hdf5 import chunk_writer, layout, names, repair, writer
+from larpixdaq.hdf5 import chunk_writer, layout, names, repair, tables, writer
 from larpixdaq.hdf5.chunk_writer import Batch
 from larpixdaq.hdf5.journal import read as read_journal
 from larpixdaq.hdf5.reader import DataFile
@@ -58,9 +58,10 @@ PRODUCERS = (("LArPix board", 7), ("second", 1 << 63))
 OPERATIONS = {
     "create": 3,
     "flush": 60,
-    "resize": 200,
-    "write": 200,
-    "chunk": 30,
+    "resize": 60,
+    "write": 30,
+    "append": 200,
+    "chunk": 60,
     "pwritev": 30,
     "ftruncate": 8,
     "fsync": 20,
@@ -70,7 +71,7 @@ OPERATIONS = {
     "close": 6,
 }
 #: The same for recoveries, which make fewer calls.
-RECOVERY = {"flush": 12, "resize": 12, "write": 20, "chunk": 4, "pwrite": 1, "fsync": 4} | dict.fromkeys(
+RECOVERY = {"flush": 12, "resize": 12, "write": 6, "append": 20, "chunk": 4, "pwrite": 1, "fsync": 4} | dict.fromkeys(
     ("link", "rename", "unlink", "close"), 2
 )
 MIDST = 300e-6  # maximum seconds from the begin of an operation to death
@@ -136,6 +137,8 @@ class Writer:
     def write(self) -> None:
         if self._rng.random() < 0.5:
             writer.SHOW_INTERVAL = 0.0  # rows are shown to readers at once, not every few seconds
+        chunk_writer.MOST = self._rng.choice([chunk_writer.LEAST, 8, chunk_writer.MOST])
+        self._threads = self._rng.choice([1, 2])
         for run in range(1, 4):
             self._run(run)
 
@@ -143,11 +146,13 @@ class Writer:
         rng = self._rng
         feeds = [Feed(run, *producer) for producer in PRODUCERS[: rng.choice([1, 2])]]
         required = tuple(feed.origin.producer for feed in feeds)
-        file = RunFile(self._directory, run_info(run=run, required_producers=required))
+        info = run_info(run=run, required_producers=required)
+        file = RunFile(self._directory, info, threads=self._threads)
+        works = rng.choice([0.5, 0.05])
         for _ in range(rng.randrange(20, 60)):
             add(file, *next_block(rng.choice(feeds), self._seed))
             self._acknowledge(file)
-            if rng.random() < 0.5:
+            if rng.random() < works:
                 file.work(pressed=rng.random() < 0.8)
                 self._acknowledge(file)
             if rng.random() < 0.1:
@@ -162,7 +167,7 @@ class Writer:
         file.publish()
 
     def _rotate(self, file: RunFile) -> RunFile:
-        following = RunFile(self._directory, file.info, file.part + 1, file.positions())
+        following = RunFile(self._directory, file.info, file.part + 1, file.positions(), threads=self._threads)
         following.set_text("previous part", file.final.name)
         file.set_text("next part", following.final.name)
         file.seal(continued=True)
@@ -221,13 +226,18 @@ class KillPoint:
             (h5py.File, "close", "close"),
             (h5py.Dataset, "resize", "resize"),
             (h5py.Dataset, "__setitem__", "write"),
+            (tables.Tables, "append", "append"),
         ):
             setattr(owner, attribute, self.wrap(name, getattr(owner, attribute)))
         make = Batch.__init__
 
-        def made(this: Batch, packets: Any, itemsize: int) -> None:
-            make(this, packets, itemsize)
-            this._packets = _Packets(packets, self.wrap("chunk", packets.id.write_direct_chunk))
+        def made(this: Batch, packets: Any, itemsize: int, threads: int = 1) -> None:
+            make(this, packets, itemsize, threads)
+            this._packets = _Packets(
+                packets,
+                self.wrap("chunk", packets.id.write_direct_chunk),
+                self.wrap("resize", packets.id.set_extent),
+            )
 
         chunk_writer.Batch.__init__ = made  # type: ignore[method-assign]
 
@@ -237,11 +247,11 @@ def _no_links(*names: Any) -> None:
 
 
 class _Packets:
-    """The dataset /packets, whose id has another write_direct_chunk."""
+    """The dataset /packets, whose id has another write_direct_chunk and set_extent."""
 
-    def __init__(self, packets: Any, write: Callable[..., None]) -> None:
+    def __init__(self, packets: Any, write: Callable[..., None], resize: Callable[..., None]) -> None:
         self._real = packets
-        self.id = _Id(packets.id, write)
+        self.id = _Id(packets.id, write, resize)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
@@ -251,9 +261,10 @@ class _Packets:
 
 
 class _Id:
-    def __init__(self, real: Any, write: Callable[..., None]) -> None:
+    def __init__(self, real: Any, write: Callable[..., None], resize: Callable[..., None]) -> None:
         self._real = real
         self.write_direct_chunk = write
+        self.set_extent = resize
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)

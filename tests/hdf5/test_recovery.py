@@ -24,7 +24,6 @@ from larpixdaq._native import hdf5_chunks
 from larpixdaq.errors import FileError, FileLocked
 from larpixdaq.hdf5 import chunk_writer, layout, names, repair, writer
 from larpixdaq.hdf5 import journal as journal_file
-from larpixdaq.hdf5.chunk_writer import BATCH_ROWS
 from larpixdaq.hdf5.journal import Journal
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.recovery import recover
@@ -36,7 +35,16 @@ from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import ConnectedBoard
 
 NAME = "run0000042_20261122T071251Z_000"
+#: Rows of a full batch in these tests.
+BATCH_ROWS = chunk_writer.LEAST * schema.CHUNK_ROWS
 POOL = {row_layout: random_rows(np.random.default_rng(3), 40_000, row_layout) for row_layout in schema.LAYOUTS}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_batches():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunk_writer, "MOST", chunk_writer.LEAST)
+        yield
 
 
 def killed(file):
@@ -380,7 +388,7 @@ def test_rows_of_tables_whose_block_did_not_come(tmp_path, monkeypatch):
     file.add(*feed.info("one"))
     file.add(*feed.block(POOL[feed.layout][:10].copy(), gaps=gap))
     file.end(feed.end(unknown=[stream.UnknownWord(1, 5, 1, b"1234")], outside=[[1] + [0] * 22]))
-    file._write_batch()
+    file._write_batch(file._batch.write_all())
     jumped = feed_of_two(second)
     file.add(*second.info("two"))
     jumped()
@@ -400,7 +408,7 @@ def test_rows_of_tables_whose_block_did_not_come(tmp_path, monkeypatch):
             append(name, rows)
 
     monkeypatch.setattr(file._tables, "append", none_of_these)
-    file._write_batch()
+    file._write_batch(file._batch.write_all())
     with DataFile(file.path) as growing:
         lengths = {name: growing.length(name) for name in ("messages", "run/missing", "ledger/gaps", "ledger/verdicts")}
         assert lengths == {"messages": 2, "run/missing": 1, "ledger/gaps": 3, "ledger/verdicts": 1}
@@ -424,7 +432,7 @@ def feed_of_two(feed):
 def test_verdicts_survive_a_recovery(tmp_path):
     file, feed = fill(tmp_path, [16_384] * 4)
     file.end(feed.end(verdicts=[stream.LossVerdict(1, "suspect", "board disconnected", 0, 1, 2)]))
-    file._write_batch()
+    file._write_batch(file._batch.write_all())
     found = recover(killed(file))
     assert found.condition == "COMPLETE, suspect"
     assert found.reasons == ["producer 'LArPix board', epoch 7, io_group 1: suspect: board disconnected"]
@@ -437,7 +445,7 @@ def test_missing_blocks_are_recorded(tmp_path):
     sent = [feed.block(POOL[feed.layout][:n].copy()) for n in (10, 20, 30, 40, 50)]
     for number in (0, 2):
         file.add(*sent[number])
-    file._write_batch()
+    file._write_batch(file._batch.write_all())
     for number in (2, 4):
         file.add(*sent[number])
     file.work(pressed=True)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -25,9 +26,9 @@ from hypothesis import strategies as st
 from processes import wait_for_line
 
 from larpixdaq import constants, schema
+from larpixdaq._native import hdf5_chunks
 from larpixdaq.errors import ChecksumError, FileError, ProtocolError
-from larpixdaq.hdf5 import layout, names, writer
-from larpixdaq.hdf5.chunk_writer import BATCH_ROWS
+from larpixdaq.hdf5 import chunk_writer, layout, names, writer
 from larpixdaq.hdf5.journal import read as read_journal
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.recovery import recover
@@ -37,6 +38,15 @@ from larpixdaq.hdf5.writer import CHECKED_CHUNKS, WAIT, RunFile
 from larpixdaq.protocol import stream
 
 NAME = "run0000042_20261122T071251Z"
+#: Rows of a full batch in these tests.
+BATCH_ROWS = chunk_writer.LEAST * schema.CHUNK_ROWS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_batches():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunk_writer, "MOST", chunk_writer.LEAST)
+        yield
 
 
 POOL = {row_layout: random_rows(np.random.default_rng(3), 40_000, row_layout) for row_layout in schema.LAYOUTS}
@@ -50,17 +60,21 @@ steps = st.lists(
         st.just("work"),
         st.text(st.characters(codec="utf-8"), max_size=150),
     ),
-    max_size=14,
+    max_size=20,
 )
 
 
 @settings(max_examples=examples(20))
-@given(steps=steps, code=st.sampled_from([1, 2, 2, 3, 4]))
-def test_any_blocks_and_any_journal_timing_give_the_same_file(tmp_path_factory, steps, code):
-    directory = tmp_path_factory.mktemp("run")
-    row_layout = schema.layout(code)
+@given(steps=steps, code=st.sampled_from([1, 2, 2, 3, 4]), most=st.sampled_from([4, 6, 12]), threads=st.integers(1, 2))
+def test_any_blocks_and_any_journal_timing_give_the_same_file(tmp_path_factory, steps, code, most, threads):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunk_writer, "MOST", most)
+        write_steps(tmp_path_factory.mktemp("run"), steps, schema.layout(code), threads)
+
+
+def write_steps(directory, steps, row_layout, threads):
     feed = Feed(layout=row_layout)
-    file = RunFile(directory, run_info(row_layout))
+    file = RunFile(directory, run_info(row_layout), threads=threads)
     expected, texts, counters = [], [], []
     for step in steps:
         if step == "work":
@@ -486,6 +500,81 @@ def test_blocks_wait_20_ms_for_their_batch(tmp_path, monkeypatch):
         file.work()
 
 
+def test_full_chunks_of_blocks_that_have_waited_are_written_and_not_journaled(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunk_writer, "MOST", 12)
+    now = 100.0
+    monkeypatch.setattr(writer, "monotonic", lambda: now)
+    feed, rng = Feed(), np.random.default_rng(1)
+    file = RunFile(tmp_path, run_info())
+    journal = file.path.with_suffix(".journal")
+    file.add(*feed.block(random_rows(rng, 10)))
+    for _ in range(7):
+        now += 0.001
+        file.add(*feed.block(random_rows(rng, constants.BLOCK_ROWS)))
+    file.work()
+    assert (file.durable, file.due()) == ({}, 100.02)
+    now = 100.021
+    file.work()
+    assert file.durable == {feed.origin: 7}  # the eighth ends in the next chunk
+    assert (journal.stat().st_size, file.due()) == (0, pytest.approx(100.027))
+    now = 100.03
+    file.work()
+    assert file.durable == {feed.origin: 8}
+    assert [record.frame.sequence for record in read_journal(journal).records] == [7]
+    for number in range(12):
+        assert file.durable == {feed.origin: 8}, number
+        file.add(*feed.block(random_rows(rng, constants.BLOCK_ROWS)))
+    assert file.durable == {feed.origin: 19}  # at once
+    assert journal.stat().st_size == 0
+    found = recover(abandoned(file))
+    assert (found.rows, found.cut) == (10 + 18 * constants.BLOCK_ROWS, constants.BLOCK_ROWS - 10)
+    assert verify(found.path).findings == verify(found.path).open
+
+
+def abandoned(file):
+    file.abandon()
+    return file.path
+
+
+def test_chunks_that_are_not_packed_yet_stay_for_the_next_write(tmp_path, monkeypatch):
+    """Unless fewer than LEAST chunks are packed. All blocks are in the file once, also those that the journal needs."""
+    monkeypatch.setattr(chunk_writer, "MOST", 6)
+    gate = threading.Event()
+
+    class Gated:
+        def __init__(self, *size):
+            self.packer = hdf5_chunks.Packer(*size)
+            self.calls = 0
+
+        def pack(self, rows):
+            self.calls += 1
+            if self.calls > 4:
+                assert gate.wait(20)
+            return self.packer.pack(rows)
+
+    monkeypatch.setattr(chunk_writer, "Packer", Gated)
+    feed, rng = Feed(), np.random.default_rng(1)
+    file = RunFile(tmp_path, run_info())
+    for _ in range(6):
+        file.add(*feed.block(random_rows(rng, constants.BLOCK_ROWS)))
+    assert file.durable == {feed.origin: 4}
+    file.add(*feed.block(random_rows(rng, 7_000)))
+    file.work(pressed=True)  # fewer than LEAST full chunks: the journal takes all
+    assert file.durable == {feed.origin: 7}
+    assert [record.rows for record in read_journal(file.path.with_suffix(".journal")).records] == [
+        rows.tobytes() for rows in feed.rows[4:]
+    ]
+    gate.set()
+    for _ in range(6):
+        file.add(*feed.block(random_rows(rng, constants.BLOCK_ROWS)))
+    assert file.durable[feed.origin] > 9
+    file.end(feed.end())
+    report = file.close()
+    assert (report.condition, verify(report.path).findings) == ("COMPLETE", [])
+    with h5py.File(report.path) as plain:
+        assert np.array_equal(plain["packets"][:], np.concatenate(feed.rows))
+
+
 def test_duplicates_are_dropped_and_missing_blocks_recorded(tmp_path):
     feed = Feed()
     rng = np.random.default_rng(1)
@@ -759,7 +848,7 @@ def test_a_full_disk_stops_the_file_with_one_line(tmp_path, monkeypatch):
     file.add(*feed.block(random_rows(np.random.default_rng(1), 5)))
     file.work(pressed=True)
 
-    def full():
+    def full(**how):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(file._batch, "write", full)

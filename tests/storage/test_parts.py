@@ -11,7 +11,7 @@ import pytest
 from file_builder import Feed, random_rows, run_info
 
 from larpixdaq.errors import FileError
-from larpixdaq.hdf5 import names
+from larpixdaq.hdf5 import chunk_writer, names
 from larpixdaq.hdf5.journal import Journal
 from larpixdaq.hdf5.run_report import file_info
 from larpixdaq.hdf5.verify import verify
@@ -107,7 +107,7 @@ def test_with_fsync_the_disk_has_a_block_before_it_is_durable(tmp_path: Path, mo
     file.work(pressed=True)
     assert done == ["append", "sync journal", "durable"]
     done.clear()
-    for _ in range(4):
+    for _ in range(chunk_writer.MOST):
         file.add(*feed.block(rows(16384)))
     assert done == ["sync part", "sync part", "clear", "durable"]
     file.end(feed.end())

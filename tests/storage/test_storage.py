@@ -20,7 +20,7 @@ from processes import LIMIT, until
 
 from larpixdaq import schema
 from larpixdaq.errors import FileError, StateError
-from larpixdaq.hdf5.chunk_writer import BATCH_ROWS
+from larpixdaq.hdf5.chunk_writer import LEAST
 from larpixdaq.hdf5.reader import count_words
 from larpixdaq.hdf5.recovery import recover
 from larpixdaq.hdf5.run_report import file_info
@@ -216,7 +216,7 @@ def test_packed_chunks_without_time_to_unpack_them_are_unpacked_after_the_close(
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     made = [rows(schema.CHUNK_ROWS), random_rows(np.random.default_rng(9), schema.CHUNK_ROWS)]
-    for number in range(BATCH_ROWS // schema.CHUNK_ROWS):
+    for number in range(LEAST):
         block, rows_of = feed.block(made[0])
         packed = packed_rows(rows_of)
         if number == 2 and content != "right":  # with checksums that are right: a mistake of the producer
@@ -249,7 +249,7 @@ def test_packed_chunks_that_are_not_unpacked_at_the_end_of_the_process_are_named
     monkeypatch.setattr(finisher, "CHECK_REST", (1e6, 1e6))
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
-    for _ in range(BATCH_ROWS // schema.CHUNK_ROWS):
+    for _ in range(LEAST):
         block, rows_of = feed.block(rows(schema.CHUNK_ROWS))
         rig.storage.receive("LArPix board", block, None, packed_rows(rows_of))
     rig.take(feed.end())

@@ -182,6 +182,8 @@ def test_invalid_files(tmp_path: Path, kind: str, words: str, capsys: pytest.Cap
         "offline_storage --on-close=",
         "offline_storage --on-close 'unclosed",
         "offline_storage --durability never",
+        "offline_storage --threads 0",
+        "offline_storage --threads 65",
         "producer",
         "producer --fake --serial /dev/null",
         "producer --fake --ring twelve",

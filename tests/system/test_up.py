@@ -56,6 +56,8 @@ def test_up_takes_a_run_and_down_leaves_no_process(tmp_path):
         f"{command} '{closed}'",
         "--durability",
         "fsync",
+        "--threads",
+        "2",
         "--log-level",
         "debug",
     )
