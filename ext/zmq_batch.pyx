@@ -30,6 +30,7 @@ cdef msg_size_t msg_size = NULL
 cdef msg_data_t msg_data = NULL
 cdef send_t zmq_send = NULL
 cdef int DONTWAIT = zmq.DONTWAIT
+cdef int SNDMORE = zmq.SNDMORE
 
 
 cdef size_t _address(library, str name) except 0:
@@ -89,6 +90,30 @@ def drop_rest(socket):
                 more = False
             msg_close(message)
     return dropped
+
+
+def send_parts(socket, *parts):
+    cdef size_t i, n = len(parts)
+    cdef const uint8_t[::1] data
+    cdef const void *at
+    cdef size_t size
+    cdef int flags, error
+    cdef void *handle
+    if not _is_native(socket) or socket.closed:
+        socket.send_multipart(parts, zmq.DONTWAIT)
+        return
+    handle = <void *><size_t>socket.underlying
+    for i in range(n):
+        data = parts[i]
+        size = data.shape[0]
+        at = &data[0] if size else NULL
+        flags = DONTWAIT | (SNDMORE if i + 1 < n else 0)
+        error = EINTR
+        with nogil:
+            while error == EINTR:
+                error = errno if zmq_send(handle, at, size, flags) < 0 else 0
+        if error:
+            raise zmq.Again() if error == EAGAIN else zmq.ZMQError(error)
 
 
 @cython.final

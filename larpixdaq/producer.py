@@ -74,6 +74,8 @@ END_LIMIT = 5.0
 REST, FEW_ROWS = 20, 4_000
 #: The same, without closing the block, for sources with small buffers, and while a routine waits for answers of chips.
 SHORT_REST = 4
+#: The last milliseconds of a rest, in which the threads of libzmq fetch what boards have sent.
+FETCH = 1
 #: Attempts to ask a board that has connected again for its firmware, because its command server may start later.
 FIRMWARE_TRIES = 5
 #: Fraction of the ring in use above which a board that waits for room is not called silent.
@@ -181,20 +183,23 @@ class Producer:
         """Read, record and serve until a signal comes."""
         self.node.connect(signals=signals)
         poller, resting = zmq.Poller(), zmq.Poller()
-        for readable in (signals.fileno(), self.node.fileno(), self.child.fileno()):
+        requests, child, spool = self.node.fileno(), self.child.fileno(), self.delivery.fileno()
+        for readable in (signals.fileno(), requests, child):
             poller.register(readable, zmq.POLLIN)
             resting.register(readable, zmq.POLLIN)
         for socket in self.publisher.sockets():  # these, and the spool's thread, can wait for the end of a rest
             poller.register(socket, zmq.POLLIN)
-        poller.register(self.delivery.fileno(), zmq.POLLIN)
+        poller.register(spool, zmq.POLLIN)
         self.readout.watch(poller)
         while not signals.stop:
-            poller.poll(self.node.wait_ms(self._due()))
-            self.node.dispatch()
-            if self.node.changes != self._admitted:
-                self._admitted = self.node.changes
-                self.publisher.admit(self.node.update)
-            self.child.dispatch()
+            ready = {found for found, _ in poller.poll(self.node.wait_ms(self._due()))}
+            if requests in ready:
+                self.node.dispatch()
+                if self.node.changes != self._admitted:
+                    self._admitted = self.node.changes
+                    self.publisher.admit(self.node.update)
+            if child in ready:
+                self.child.dispatch()
             if self.commands.busy:  # before the boards are read, so that a word precedes its answer
                 self.commands.work()
                 self.commands.watch(poller)
@@ -207,20 +212,33 @@ class Producer:
             self.recorder.work()
             if self.ending is not None:
                 self._end_when_quiet()
-            self.delivery.work()  # after the end of a run, so that its end record does not wait for the next turn
-            if time.monotonic() >= self._watch_at:
+            # After the end of a run, so that its end record does not wait for the next turn.
+            self.delivery.work(spool_ready=spool in ready)
+            now = time.monotonic()
+            if now >= self._watch_at:
                 self._watch_boards()
-            if time.monotonic() >= self._check_at:
+            if now >= self._check_at:
                 self._check_boards()
             self.node.report(self.readout.batches + self.publisher.freed, 0)
             if rest:
-                resting.poll(rest)
+                self._sleep(rest, resting)
 
     def _rest(self) -> int:
         """Milliseconds without reading after a turn in which there were data."""
         if not self.readout.quiet or self.readout.rows >= FEW_ROWS or self.commands.busy:
             return 0
         return SHORT_REST if self._short_rest or self.child.listening else REST
+
+    def _sleep(self, rest: int, poller: zmq.Poller) -> None:
+        """Wait for `rest` milliseconds, or a request. Nothing is held at the end of a run, when nothing may be late."""
+        if self.ending is not None:
+            poller.poll(rest)
+            return
+        self.readout.hold(True)
+        requested = poller.poll(rest - FETCH)
+        self.readout.hold(False)
+        if not requested:
+            poller.poll(FETCH)
 
     def _due(self) -> float | None:
         """Return the time of the next work without a readable descriptor (monotonic seconds)."""

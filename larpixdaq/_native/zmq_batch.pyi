@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 def drop_rest(socket: zmq.Socket[bytes]) -> int:
     """Drop the further parts of the message of which a part was received last. Returns their number."""
 
+def send_parts(socket: zmq.Socket[bytes], *parts: bytes | memoryview) -> None:
+    """Send a message of these parts without waiting. The parts are copied. zmq.ZMQError when it cannot be sent."""
+
 @final
 class Receiver:
     """Receives the queued messages of a SUB, PULL or DEALER socket, up to `messages` messages and `size` bytes per

@@ -59,6 +59,11 @@ def connect_with(socket: zmq.Socket[Any], own: KeyPair, server: str) -> None:
     socket.curve_serverkey = server.encode()
 
 
+def has_message(socket: zmq.Socket[Any]) -> bool:
+    """Whether a message can be received without waiting: a fifth of the time of a recv() that raises zmq.Again."""
+    return bool(socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+
+
 def receive(socket: zmq.Socket[bytes], most: int) -> list[zmq.Frame]:
     """Receive a message of any socket without waiting; zmq.Again if there is none.
 
@@ -66,7 +71,7 @@ def receive(socket: zmq.Socket[bytes], most: int) -> list[zmq.Frame]:
     member may send a million empty ones in one message, and objects of them take the loop 2 s.
     """
     frames = [socket.recv(zmq.NOBLOCK, copy=False)]
-    while socket.getsockopt(zmq.RCVMORE):
+    while frames[-1].more:
         if len(frames) > most:
             drop_rest(socket)
             break
@@ -133,10 +138,9 @@ class Doorkeeper:
                     peer = "an unknown key" if name is None else name or "the core's own user"
                     self.limits.reached(peer, "a message without end")
         for _ in range(_TURN):
-            try:
-                version, request, _, address, _, mechanism, *keys = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            if not has_message(self.socket):
                 return
+            version, request, _, address, _, mechanism, *keys = self.socket.recv_multipart(zmq.NOBLOCK)
             key = z85.encode(keys[0]).decode() if mechanism == b"CURVE" and len(keys) == 1 else ""
             name = self._whose(key) if key else None
             status, text = b"200", b"OK"
@@ -243,7 +247,7 @@ class Handshakes:
 
     def look(self) -> str:
         """Take in what has happened; returns `failure`. Closes the connection if too many bytes wait in it."""
-        while self._monitor.poll(0):
+        while has_message(self._monitor):
             event, value = _EVENT.unpack_from(self._monitor.recv_multipart()[0])
             if event == zmq.EVENT_CONNECTED:
                 if self._inflow is not None:

@@ -97,17 +97,22 @@ class Delivery:
         """Polls readable while work() has results of the spool's thread to take."""
         return self.worker.fileno()
 
-    def work(self) -> None:
-        """Take one turn: deliver blocks, note acknowledgements, check file names, look for predecessors."""
+    def work(self, *, spool_ready: bool = True) -> None:
+        """Take one turn: deliver blocks, note acknowledgements, check file names, look for predecessors.
+
+        `spool_ready`: fileno() may be readable.
+        """
         while self._messages:  # now, because the constructor runs before the log's connection is open
             log.warning(self._messages.pop())
-        self.worker.turn()
+        if spool_ready:
+            self.worker.turn()
         self.publisher.work()
         self.ring.mark_alive(time.time_ns())
-        if time.monotonic() >= self._check_names_at:
-            self._check_names_at = time.monotonic() + NAMES_INTERVAL
+        now = time.monotonic()
+        if now >= self._check_names_at:
+            self._check_names_at = now + NAMES_INTERVAL
             self._renew_names()
-        if not self._looking and time.monotonic() >= self._look_at:
+        if not self._looking and now >= self._look_at:
             self._looking = True
             self.worker.submit(lambda: self._predecessors.take_over(self._known_epochs), self._take_over)
 

@@ -110,6 +110,11 @@ class Readout:
             wanted = source.sockets if self._active(source) and not self._full else ()
             keep_polled(poller, self._sockets, source, wanted)
 
+    def hold(self, held: bool) -> None:
+        """Have the kernel keep what the boards send (True) for some milliseconds in which nothing is read anyway."""
+        for source in self._sources:
+            source.hold(held)
+
     def turn(self, poller: zmq.Poller) -> bool:
         """Take one batch of each source that has one. True if there was one, or rows still wait for room.
 

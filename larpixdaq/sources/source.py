@@ -99,6 +99,9 @@ class Source(ABC):
     def read(self) -> bool:
         """Take one batch of data without waiting. Returns False when there were none."""
 
+    def hold(self, held: bool) -> None:  # noqa: B027
+        """Leave data where they arrive without taking notice of them (True) until they are many, or hold(False)."""
+
     def texts(self) -> list[tuple[str, int]]:
         """Return the INFO texts before the rows of the last batch, in order, each with its time (unix seconds).
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import zmq
 
 from larpixdaq import config, schema
+from larpixdaq._native.zmq_batch import send_parts
 from larpixdaq.buffer.block_store import BlockStore, Segment, StoredBlock
 from larpixdaq.errors import ConfigError, ProtocolError
-from larpixdaq.keys.curve import Admission, receive
+from larpixdaq.keys.curve import Admission, has_message, receive
 from larpixdaq.keys.peer_limits import LimitReached
 from larpixdaq.protocol.control import ConsumerSession, Update, session_digest
 from larpixdaq.protocol.packed_rows import MIN_ROWS, RowPacker
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 WINDOW = 16 << 20
 #: Seconds without a frame after which a subscriber is dropped and must say HELLO again, if all frames were taken.
 SILENT_AFTER = 1.0
+#: Seconds between two looks for subscribers and storages that are silent.
+LOOK_INTERVAL = 0.1
 #: Maximum seconds for which one turn takes frames, so that no consumer keeps the producer from reading its boards.
 RECEIVE_LIMIT = 0.005
 #: Maximum seconds after which one turn packs no further block, likewise.
@@ -145,6 +148,9 @@ class Publisher:
         self._pack_until: float | None = None  # monotonic; None: this turn has packed nothing yet
         #: Whether blocks wait for the next turn, because packing them takes long.
         self.unsent = False
+        self._look_at = 0.0  # monotonic
+        self._served_head = own.head  # when blocks were last sent
+        self._changed = False  # since then, in another way than by frames and new blocks
 
     def sockets(self) -> list[zmq.Socket[bytes]]:
         """The sockets that are readable when receive() has work."""
@@ -159,6 +165,7 @@ class Publisher:
         """
         self.run, self.layout = run, layout
         self.own.begin(run, layout, required)
+        self._changed = True
 
     def end(self) -> None:
         """End the run, whose end record has been put into the ring."""
@@ -168,6 +175,7 @@ class Publisher:
     def adopt(self, store: BlockStore) -> None:
         """Deliver the blocks of a predecessor too."""
         self.stores = [*sorted([*self.stores[:-1], store], key=lambda other: other.made_ns), self.own]
+        self._changed = True
         for subscriber in self.subscribers.values():
             self._note_positions(subscriber, store)
 
@@ -192,18 +200,19 @@ class Publisher:
 
     # The loop
 
-    def receive(self) -> None:
-        """Take frames from consumers, for at most RECEIVE_LIMIT seconds."""
+    def receive(self) -> bool:
+        """Take frames from consumers, for at most RECEIVE_LIMIT seconds. Returns whether there were any."""
         until = self._clock() + RECEIVE_LIMIT
+        taken = False
         if self._admission is not None:
             self._admission.door.answer()
         while self._clock() < until:
-            try:
-                parts = receive(self.socket, 2)
-            except zmq.Again:
+            if not has_message(self.socket):
                 self._emptied_at = self._clock()
                 self._flooded_since = None
-                return
+                return taken
+            parts = receive(self.socket, 2)
+            taken = True
             route = parts[0].bytes
             try:
                 key = self._admission.door.sender(route, parts[-1]) if self._admission is not None else ""
@@ -216,6 +225,7 @@ class Publisher:
                 self._refuse(route, str(error))
         if self._flooded_since is None:
             self._flooded_since = self._clock()
+        return taken
 
     def _heard_until(self) -> float:
         """The monotonic time up to which all frames have been taken.
@@ -227,28 +237,53 @@ class Publisher:
         return now if self._flooded_since is not None and now - self._flooded_since > SILENT_AFTER else self._emptied_at
 
     def work(self) -> None:
-        """Take one turn: take frames, drop silent subscribers, send blocks, and free those that no storage needs."""
-        self.receive()
+        """Take one turn: take frames and, if there is something new, send blocks and free those that no storage needs.
+
+        Every LOOK_INTERVAL also drop silent subscribers, and serve the others in any case.
+        """
+        taken = self.receive()
+        if self._clock() >= self._look_at or (taken and self.forgotten):
+            self._look_at = self._clock() + LOOK_INTERVAL
+            self._drop_silent()
+            self._note_idle()
+        elif not (taken or self._has_news()):
+            return
+        self._changed, self._served_head = False, self.own.head
         if self.unsent and self.subscribers:  # the next subscriber comes first in this turn
             first = next(iter(self.subscribers))
             self.subscribers[first] = self.subscribers.pop(first)
         self.unsent = False
         self._pack_until = None
-        heard_until = self._heard_until()
         for subscriber in list(self.subscribers.values()):
-            if heard_until - subscriber.heard_at > SILENT_AFTER:
-                self._drop(subscriber)
-            elif subscriber.mode == "all":
+            if subscriber.mode == "all":
                 self._serve_all(subscriber)
             else:
                 self._serve_latest(subscriber)
-        self._note_idle()
         for store in self.stores:
             self.freed += store.free(self.forgotten)
             if store is not self.own and store.tail == store.head:
                 store.close()
         self.stores = [store for store in self.stores if store is self.own or store.tail < store.head]
         self.own.spill()
+
+    def _has_news(self) -> bool:
+        """Whether there may be work without a frame: new blocks, or blocks that wait for libzmq or a disk."""
+        own = self.own
+        in_spool = own.spool is not None and bool(own.spool.files)
+        return (
+            self.unsent
+            or self._changed
+            or own.head != self._served_head
+            or bool(own.pins)
+            or in_spool
+            or (len(self.stores) > 1)
+        )
+
+    def _drop_silent(self) -> None:
+        heard_until = self._heard_until()
+        for subscriber in list(self.subscribers.values()):
+            if heard_until - subscriber.heard_at > SILENT_AFTER:
+                self._drop(subscriber)
 
     # Frames from consumers
 
@@ -259,6 +294,7 @@ class Publisher:
         consumers yet, and data must not wait for it.
         """
         assert self._admission is not None
+        self._changed = True
         self._consumers |= update.consumers
         for route in self._admission.apply(update.keys, insecure=update.insecure):
             self._unconfirmed.pop(route, None)
@@ -460,15 +496,13 @@ class Publisher:
                 return False
         try:
             if not len(payload):
-                self.socket.send_multipart([subscriber.route, block.header], zmq.NOBLOCK)
+                send_parts(self.socket, subscriber.route, block.header)
             elif packed is not None:
-                self.socket.send_multipart([subscriber.route, block.header, *packed], zmq.NOBLOCK)
+                send_parts(self.socket, subscriber.route, block.header, *packed)
             elif subscriber.maps and block.pinned and store is self.own and store.can_lend():
-                self.socket.send_multipart(
-                    [subscriber.route, block.header, b"", index.to_bytes(8, "little")], zmq.NOBLOCK
-                )
+                send_parts(self.socket, subscriber.route, block.header, b"", index.to_bytes(8, "little"))
             elif subscriber.mode != "all":  # a copy, because a monitor must not hold rows in the ring
-                self.socket.send_multipart([subscriber.route, block.header, payload], zmq.NOBLOCK)
+                send_parts(self.socket, subscriber.route, block.header, payload)
             else:
                 self.socket.send_multipart([subscriber.route, block.header], zmq.NOBLOCK | zmq.SNDMORE)
                 tracker = self.socket.send(payload, zmq.NOBLOCK, copy=False, track=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import heapq
 import logging
-import math
 import threading
 import time
 from collections import Counter, deque
@@ -28,7 +27,7 @@ from larpixdaq._native.ring_buffer import Reader
 from larpixdaq.buffer import ring_file
 from larpixdaq.constants import NO_CORE
 from larpixdaq.errors import ProtocolError, RingError
-from larpixdaq.keys.curve import Client, KeyPair, new_pair
+from larpixdaq.keys.curve import Client, KeyPair, has_message, new_pair
 from larpixdaq.protocol.control import Endpoint
 from larpixdaq.protocol.packed_rows import PLAIN_ROWS, PackedRows
 from larpixdaq.protocol.stream import (
@@ -58,6 +57,10 @@ from larpixdaq.runtime.timing import next_beat, wait_ms
 #: Seconds between two repetitions of the last ACK or CREDIT. All consumers of a host send at the same moments, so that
 #: a producer wakes once for all of them.
 REPEAT_INTERVAL = 0.25
+#: An ACK is sent with the next frame that arrives, at the latest after so many seconds, and at once after so many bytes
+#: or an end record. Waking the threads of both processes for each ACK takes as much time as a small block.
+ACK_DELAY: Final = 0.05
+ACK_BYTES: Final = 256 << 10
 #: Seconds between two HELLOs without a WELCOME.
 HELLO_INTERVAL = 0.5
 #: Maximum number of connections to producers that the core does not name and that send nothing.
@@ -127,6 +130,8 @@ class Consumer:
         #: Producer -> bytes of all messages that the thread has put into the queue, and that the loop has taken.
         self._queued: Counter[str] = Counter()
         self._taken: Counter[str] = Counter()
+        self._acknowledged: Counter[str] = Counter()  # `_taken` when the thread was last woken for an ACK
+        self._ended: set[str] = set()  # producers whose last frame was an end record
         self._lock = threading.Lock()
         self._endpoints: dict[str, Endpoint] | None = None
         self._acks: dict[str, dict[tuple[int, int], int]] = {}
@@ -181,6 +186,10 @@ class Consumer:
             (name, frame, payload, packed), size = self._queue.popleft()
             was_full = self._is_full(name)
             self._taken[name] += size
+            if isinstance(frame, End):
+                self._ended.add(name)
+            else:
+                self._ended.discard(name)
             if was_full and not self._is_full(name):
                 self._waker.wake()
             if not isinstance(payload, RingRows):
@@ -206,9 +215,12 @@ class Consumer:
 
     def acknowledge(self, origin: BlockOrigin, following: int) -> None:
         """Mode "all": acknowledge all blocks of `origin` below sequence `following`, which are durable."""
+        name = origin.producer
         with self._lock:
-            self._acks.setdefault(origin.producer, {})[origin.run, origin.epoch] = following
-        self._waker.wake()
+            self._acks.setdefault(name, {})[origin.run, origin.epoch] = following
+        if name in self._ended or self._taken[name] - self._acknowledged[name] >= ACK_BYTES:
+            self._acknowledged[name] = self._taken[name]
+            self._waker.wake()
 
     def resubscribe(self, *, send_rows: bool = False) -> None:
         """Subscribe anew to every producer, so that all blocks without acknowledgement come again.
@@ -257,10 +269,13 @@ class Consumer:
     def _timeout(self) -> int:
         """Milliseconds until a frame must be sent even if none has come."""
         now = self._clock()
-        unsubscribed = any(not connection.subscribed for connection in self._connections.values())
-        return wait_ms(
-            min(next_beat(now, REPEAT_INTERVAL), now + HELLO_INTERVAL / 4 if unsubscribed else math.inf), now
-        )
+        until = next_beat(now, REPEAT_INTERVAL)
+        for connection in self._connections.values():
+            if not connection.subscribed:
+                until = min(until, now + HELLO_INTERVAL / 4)
+            elif connection.awaits_ack():
+                until = min(until, now + ACK_DELAY)
+        return wait_ms(until, now)
 
     def _apply(self) -> None:
         """Do what the process's loop has asked for."""
@@ -375,6 +390,8 @@ class Consumer:
             if isinstance(frame, Block) and payload is None and packed is None:
                 self._report_missing_rows(connection, frame)
                 return False
+        if self.mode == "all" and isinstance(frame, Block | End):
+            connection.awaited = Ack(frame.run, frame.epoch, frame.following)
         self._queued[connection.name] += size
         self._queue.append(((connection.name, frame, payload, packed), size))
         return True
@@ -478,6 +495,7 @@ class ProducerConnection:
         self.sent_credit = 0  # the same as last sent to the producer
         self.acks: dict[tuple[int, int], int] = {}  # (run, epoch) -> next, not sent yet
         self.last_ack: Ack | None = None
+        self.awaited: Ack | None = None  # mode "all": of the last frame
         self.last_warning = ""
         #: The session, and the monotonic time, when the producer refused this consumer for a newer HELLO of its name.
         self.superseded: tuple[str, float] | None = None
@@ -523,9 +541,17 @@ class ProducerConnection:
         """
         return blocks >= (1 if self._ring is None else RING_CREDIT // 4)
 
+    def awaits_ack(self) -> bool:
+        """Whether frames have come since the last ACK was sent."""
+        awaited, last = self.awaited, self.last_ack
+        if awaited is None or last is None:
+            return awaited is not None
+        return (last.run, last.epoch) != (awaited.run, awaited.epoch) or last.next < awaited.next
+
     def end_subscription(self) -> None:
         """Note that there is no subscription. Unmap the ring, so that an ended producer's memory is given back."""
         self.subscribed = False
+        self.awaited = None
         self._ring = self._plain = None
 
     def receive(self) -> tuple[int, FromProducer, memoryview | RingRows | None, PackedRows | None] | None:
@@ -534,10 +560,9 @@ class ProducerConnection:
 
         ProtocolError for an invalid message, which is discarded.
         """
-        try:
-            header, *parts = (part.buffer for part in self._client.receive())
-        except zmq.Again:
+        if not has_message(self.socket):
             return None
+        header, *parts = (part.buffer for part in self._client.receive())
         if len(parts) > 2:
             raise ProtocolError(f"stream frame from {self.name}: expected at most 3 parts, found more")
         size = len(header) + sum(map(len, parts))

@@ -13,7 +13,7 @@ from processes import LIMIT, until
 
 from larpixdaq import schema
 from larpixdaq._native import zmq_batch
-from larpixdaq._native.zmq_batch import Receiver, Sender, drop_rest
+from larpixdaq._native.zmq_batch import Receiver, Sender, drop_rest, send_parts
 
 
 @pytest.fixture(params=["libzmq", "pyzmq"])
@@ -40,6 +40,26 @@ def test_native_functions_are_in_use():
         assert Receiver(into).native
         assert Sender(into).native
         assert Receiver(into).spans.dtype == schema.SPAN
+
+
+def test_parts_are_sent_as_one_message(functions):
+    with context() as ctx:
+        router, dealer = pair(ctx, (zmq.ROUTER, zmq.DEALER), "tcp://127.0.0.1:0")
+        router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        dealer.send(b"hello")
+        route = router.recv_multipart()[0]
+        parts = [b"header", b"", memoryview(bytes(100_000)), np.arange(8, dtype=np.uint8).data]
+        send_parts(router, route, *parts)
+        assert dealer.poll(LIMIT * 1000)
+        assert dealer.recv_multipart() == [bytes(part) for part in parts]
+        with pytest.raises(zmq.ZMQError) as raised:
+            send_parts(router, b"nobody", b"header", b"rows")
+        assert raised.value.errno == zmq.EHOSTUNREACH
+        send_parts(router, route, b"next")  # the refused message has left nothing behind
+        assert dealer.recv_multipart() == [b"next"]
+        router.close()
+        with pytest.raises(zmq.ZMQError):
+            send_parts(router, route, b"late")
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -20,7 +20,7 @@ from larpixdaq import constants, schema
 from larpixdaq._native import board_emulator
 from larpixdaq.sources import pacman
 from larpixdaq.sources.pacman import PacmanSource
-from larpixdaq.sources.zmq_board import WAITING_BATCH, WAITING_QUEUE
+from larpixdaq.sources.zmq_board import HELD_BYTES, WAITING_BATCH, WAITING_QUEUE
 
 
 @pytest.fixture
@@ -76,6 +76,28 @@ def test_the_queue_of_a_board_that_waits_is_bounded(source_at):
         assert WAITING_QUEUE <= sent < 4 * WAITING_QUEUE
         driver = Driver(source)
         driver.until(lambda: driver.count("messages") == sent, "all that was sent")
+
+
+def test_messages_of_a_held_board_come_when_they_are_many_or_at_the_end(source_at):
+    message = b"D" + struct.pack("<IxH", 1_700_000_000, 1) + b"T\2" + bytes(14)
+    with context() as ctx:
+        out, port = publisher(ctx)
+        source = source_at(port)
+        subscribed(out)
+        out.send(message)
+        driver = Driver(source)
+        driver.until(lambda: driver.count("messages") == 1, "the first message")
+        source.hold(True)
+        out.send(message)
+        assert not source.sockets[0].poll(100)
+        source.hold(False)
+        driver.until(lambda: driver.count("messages") == 2, "the second message")
+        source.hold(True)
+        for _ in range(HELD_BYTES // len(message) + 1):
+            out.send(message)
+        driver.until(lambda: driver.count("messages") > 2, "messages of a full buffer")
+        out.close(linger=0)  # the end of the connection is noticed in any case
+        driver.until(lambda: source.boards()[0].away_ns, "the end of the connection")
 
 
 def test_a_board_that_waits_is_not_drained_while_many_messages_wait(source_at):

@@ -96,11 +96,13 @@ class Wire:
             if not self.inbox:
                 raise zmq.Again
             self._parts.extend(self.inbox.popleft())
-        return zmq.Frame(self._parts.popleft())
+        frame = zmq.Frame(self._parts.popleft())
+        frame.more = bool(self._parts)
+        return frame
 
-    def getsockopt(self, option: int) -> bool:
-        assert option == zmq.RCVMORE
-        return bool(self._parts)
+    def getsockopt(self, option: int) -> int:
+        assert option == zmq.EVENTS
+        return zmq.POLLIN if self.inbox else 0
 
     def send_multipart(self, parts: list[Any], flags: int) -> None:
         if parts[0] not in self.down:
