@@ -38,6 +38,8 @@ _TRIES: Final = 2
 _LOST: Final = 0.5
 #: Words of a message to a board, which must answer it in time beside other boards.
 _BATCH: Final = 512
+#: Times that words are sent again to a board that has not accepted them.
+_RESENT: Final = 2
 #: Seconds to wait for answers after those of the root chips, which are asked last, have come.
 _GRACE: Final = 0.05
 #: Seconds without any answer until missing answers of root chips are given up.
@@ -48,6 +50,9 @@ _SILENCES: Final = 3
 _PASSES: Final = 3
 #: Maximum number of times that the network of a tile is grown anew after a link or chip of it turned out to be bad.
 _RESTARTS: Final = 20
+
+#: Reason to give up a tile whose chips have lost their power, or whose board was restarted.
+_NO_ROOTS: Final = "its root chips have stopped to answer"
 
 #: io_group, io_channel, chip_id, address of a register.
 _Key = tuple[int, int, int, int]
@@ -499,10 +504,13 @@ class NetworkDiscovery:
         tiles = list(dict.fromkeys(tile for tile, _ in doubtful))
         for tile in tiles:
             self._settle(tile)
-            asked = {chip.chip_id: chip for other, end in doubtful if other is tile for chip in end.path()}
-            for chip in asked.values():
+            chips = [chip for other, end in doubtful if other is tile for chip in end.path()]
+            for chip in dict.fromkeys([*chips, *tile.roots]):
                 self._read(tile, chip.io_channel, chip.chip_id, self._links.id, _MORE_READS)
         answers = self._exchange(tiles)
+        for tile in tiles:
+            if not any(answers.right(self._key(tile, root.io_channel, root.chip_id)) for root in tile.roots):
+                tile.error = tile.error or _NO_ROOTS
         for tile, end in doubtful:
             if tile.error or tile.chips.get(end.chip_id) is not end:
                 continue
@@ -723,22 +731,13 @@ class NetworkDiscovery:
             if not tile.roots:
                 marked.add((tile.io_group, 0, 0, 0))  # never comes: wait for silence
         queue, self._queue = self._queue, {}
-        numbers = []
-        for io_group, content in queue.items():
-            columns = np.array(content, np.int64).reshape(-1, 5).T
-            made = _words(self._generation, *columns[1:])
-            for start in range(0, len(made), _BATCH):
-                part = slice(start, start + _BATCH)
-                number = self._link.send_words(io_group, columns[0, part].astype(np.uint8), made[part])
-                numbers.append((io_group, number))
-        for io_group, number in numbers:
-            try:
-                self._link.await_answer(number)
-            except BoardError as error:
-                for tile in self._tiles:
-                    if tile.io_group == io_group:
-                        tile.error = tile.error or str(error)
-                marked = {key for key in marked if key[0] != io_group}
+        errors: dict[int, str] = {}
+        for _ in range(1 + _RESENT):  # a board may be busy with an order of 2 s
+            errors = self._send(queue)
+            queue = {io_group: queue[io_group] for io_group in errors}
+        for tile in self._tiles:
+            tile.error = tile.error or errors.get(tile.io_group, "")
+        marked = {key for key in marked if key[0] not in errors}
         answers = _Answers()
         end = time.monotonic() + _SILENCE
         all_marks = False
@@ -756,8 +755,26 @@ class NetworkDiscovery:
             keys = {(tile.io_group, root.io_channel, root.chip_id, self._links.mark) for root in tile.roots}
             tile.silences = 0 if not keys or keys & answers.good.keys() else tile.silences + 1
             if tile.silences == _SILENCES:
-                tile.error = tile.error or "its root chips have stopped to answer"
+                tile.error = tile.error or _NO_ROOTS
         return answers
+
+    def _send(self, queue: dict[int, list[int]]) -> dict[int, str]:
+        """Send words to the boards, in parallel. Returns errors by io_group."""
+        numbers = []
+        for io_group, content in queue.items():
+            columns = np.array(content, np.int64).reshape(-1, 5).T
+            made = _words(self._generation, *columns[1:])
+            for start in range(0, len(made), _BATCH):
+                part = slice(start, start + _BATCH)
+                number = self._link.send_words(io_group, columns[0, part].astype(np.uint8), made[part])
+                numbers.append((io_group, number))
+        errors: dict[int, str] = {}
+        for io_group, number in numbers:
+            try:
+                self._link.await_answer(number)
+            except BoardError as error:
+                errors.setdefault(io_group, str(error))
+        return errors
 
     def _take(self, answers: _Answers) -> bool:
         """Take the rows that have come. Returns whether there were any."""

@@ -1,13 +1,15 @@
 """Tiles of emulated chips in this process, in place of a producer and its boards, and the truth about their faults."""
 
+import math
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 
 from larpixdaq.emulators.chips import EmulatedChips
 from larpixdaq.emulators.network import Wiring, tile_wiring
+from larpixdaq.hardware.producer_link import BoardError
 from larpixdaq.hardware.tile_shape import OPPOSITE
 from larpixdaq.protocol.hardware import BoardInfo, Setup
 from larpixdaq.schema import ASICS, layout_of
@@ -91,7 +93,8 @@ class EmulatedTile:
 class FakeLink:
     """The child's side of a producer (hardware/producer_link.py), with a tile on each io_group from 1 on."""
 
-    def __init__(self, tiles, asic, lose=0.0, seed=0):
+    def __init__(self, tiles, asic, lose=0.0, seed=0, breaks=None, power_off=None):
+        """`breaks`, `power_off`: io_group -> number of the message at which the board or its chips stop to answer."""
         self.tiles = tiles
         self._dtype = layout_of(ASICS[asic]).dtype
         boards = [BoardInfo(group, "pacman", f"board {group}") for group in range(1, len(tiles) + 1)]
@@ -99,7 +102,8 @@ class FakeLink:
         self._rows = []
         self._random = np.random.default_rng(seed)
         self._lose = lose
-        self.sent = 0
+        self._breaks, self._power_off = breaks or {}, power_off or {}
+        self._messages = Counter()
 
     def listen(self, what):
         self._rows.clear()
@@ -108,7 +112,11 @@ class FakeLink:
         pass
 
     def send_words(self, io_group, io_channels, words):
-        self.sent += len(words)
+        self._messages[io_group] += 1
+        if self._messages[io_group] == self._power_off.get(io_group):
+            self.tiles[io_group - 1].chips.power(0)
+        if self._messages[io_group] >= self._breaks.get(io_group, math.inf):
+            return io_group
         keep = self._random.random(len(words)) >= self._lose
         io_channels, words = np.ascontiguousarray(io_channels[keep]), np.ascontiguousarray(words[keep])
         answers, channels = self.tiles[io_group - 1].chips.send(words, io_channels)
@@ -125,6 +133,8 @@ class FakeLink:
             self.tiles[io_group - 1].chips.reset(256, 0)
 
     def await_answer(self, number):
+        if number:
+            raise BoardError(f"board {number}: no answer")
         return b""
 
     def rows(self):
