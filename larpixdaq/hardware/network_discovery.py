@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
-from larpixdaq.hardware.register_map import ChipRegisters, words
+from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.hardware.tile_shape import OPPOSITE, TileShape
 from larpixdaq.protocol import hardware
-from larpixdaq.schema import Asic, PacketType, io_groups_of, registers_of
+from larpixdaq.schema import PacketType, io_groups_of, registers_of
 
 #: The id of all chips at power-up, and the last id that a chip can have.
 _POWER_UP: Final = 1
@@ -256,7 +256,7 @@ class NetworkDiscovery:
     ) -> None:
         """`reset` resets the chips of these boards; None if they must not be reset."""
         self._link = link
-        self._generation = registers.generation
+        self._registers = registers
         self._links = _Links(registers)
         self._tiles = tiles
         self._progress = progress
@@ -763,7 +763,7 @@ class NetworkDiscovery:
         numbers = []
         for io_group, content in queue.items():
             columns = np.array(content, np.int64).reshape(-1, 5).T
-            made = _words(self._generation, *columns[1:])
+            made = self._words(*columns[1:])
             for start in range(0, len(made), _BATCH):
                 part = slice(start, start + _BATCH)
                 number = self._link.send_words(io_group, columns[0, part].astype(np.uint8), made[part])
@@ -775,6 +775,14 @@ class NetworkDiscovery:
             except BoardError as error:
                 errors.setdefault(io_group, str(error))
         return errors
+
+    def _words(self, kinds: Any, chip_ids: Any, addresses: Any, values: Any) -> NDArray[np.uint64]:
+        """Return configuration words of both kinds in their order. The arguments have shape (N,)."""
+        made = np.zeros(len(kinds), np.uint64)
+        for kind in (PacketType.CONFIG_WRITE, PacketType.CONFIG_READ):
+            at = np.flatnonzero(kinds == kind)
+            made[at] = self._registers.words(kind, chip_ids[at], addresses[at], values[at])
+        return made
 
     def _take(self, answers: _Answers) -> bool:
         """Take the rows that have come. Returns whether there were any."""
@@ -795,12 +803,3 @@ class NetworkDiscovery:
                     if not right and address == self._links.id:
                         answers.others[key] = None
         return arrived
-
-
-def _words(generation: Asic, kinds: Any, chip_ids: Any, addresses: Any, values: Any) -> NDArray[np.uint64]:
-    """Return configuration words of both kinds in their order. The arguments have shape (N,)."""
-    made = np.zeros(len(kinds), np.uint64)
-    for kind in (PacketType.CONFIG_WRITE, PacketType.CONFIG_READ):
-        at = np.flatnonzero(kinds == kind)
-        made[at] = words(generation, kind, chip_ids[at], addresses[at], values[at])
-    return made
