@@ -236,6 +236,9 @@ def _parse(file: Path, limit: int) -> dict[str, Any]:
         if len(found := dict(pairs)) < len(pairs):
             names = [name for name, _ in pairs]
             raise ValueError(f"{next(name for name in found if names.count(name) > 1)!r:.60} is there twice")
+        for name in found:
+            if not name.isprintable():  # also halves of a surrogate pair, which cannot be sent
+                raise ValueError(f"the name {name!r:.60} has characters that are not printable")
         return found
 
     try:

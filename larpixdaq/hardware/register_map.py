@@ -265,6 +265,16 @@ class ChipRegisters:
         unpacked[:, start : start + bits.size] = bits.ravel()
         values[:, first:last] = np.packbits(unpacked, axis=1, bitorder="little")
 
+    def bits_of(self, names: Sequence[str]) -> NDArray[np.uint8]:
+        """Return which bits of the registers have these names, shape (count,); all bits of v1 chips have names."""
+        if self.version == 1:
+            return np.full(self.count, 0xFF, np.uint8)
+        bits = np.zeros(8 * self.count, np.uint8)
+        for name in names:
+            begin, width = self._bits[name]
+            bits[begin : begin + width * self._entries.get(name, 1)] = 1
+        return np.packbits(bits, bitorder="little")
+
     def values_by_name(self, values: NDArray[np.uint8], names: Sequence[str]) -> dict[str, list[Any]]:
         """Return values by register name, {name: [value or list of each chip]}; `values`: shape (chips, count)."""
         if self.version == 1:

@@ -57,6 +57,10 @@ class SnapshotActions:
             for row, value, known in zip(wanted, values[name], given, strict=True):
                 if known and value != power_up[name][0]:
                     row[name] = value
+        # What was set by address where no name is.
+        nameless = (chips.wanted ^ registers.defaults) & ~registers.bits_of(names)
+        for index, address in np.argwhere(nameless * chips.given).tolist():
+            wanted[index][f"register {address}"] = int(chips.wanted[index, address])
         return {"asic": registers.asic, "chips": {chips.key(index): wanted[index] for index in indices.tolist()}}
 
     def load_snapshot(self, content: Any, skip_missing: Any = False) -> dict[str, Any]:

@@ -9,7 +9,17 @@ from processes import LIMIT
 from system import system
 
 from larpixdaq import cli
+from larpixdaq.control.snapshots import ChipRegisters as Registers
+from larpixdaq.control.snapshots import Snapshot, make, pack, read
 from larpixdaq.errors import ConfigError, FileError, RequestError
+from larpixdaq.hardware.actions import ChipActions
+from larpixdaq.hardware.chip_state import ChipState
+from larpixdaq.hardware.power import no_progress
+from larpixdaq.hardware.producer_link import ProducerPipe
+from larpixdaq.hardware.register_map import ChipRegisters
+from larpixdaq.hardware.snapshots import SnapshotActions
+from larpixdaq.protocol.hardware import BoardInfo, Setup
+from larpixdaq.schema import ASICS
 
 SLOW = 60.0
 
@@ -39,6 +49,79 @@ def chips(tmp_path_factory):
 def thresholds(operator):
     found = operator.read_configuration(registers="threshold_global").result(SLOW)["chips"]
     return {registers["threshold_global"] for registers in found.values()}
+
+
+class Actions:
+    """The actions on snapshots of these chips, without a board: enforce_configuration() answers what it is given."""
+
+    def __init__(self, monkeypatch, asic, *keys):
+        setup = Setup([BoardInfo(1, "pacman", "board")], asic, int(ASICS[asic]), 2)
+        self.chips = ChipState(ChipRegisters(asic), ProducerPipe(None, setup))
+        self.chips.find(list(keys))
+        self.actions = SnapshotActions(self.chips, no_progress)
+        monkeypatch.setattr(ChipActions, "enforce_configuration", lambda self, keys: {"enforced": keys})
+
+    def load(self, chips, *, asic="", **more):
+        return self.actions.load_snapshot(pack(Snapshot(1, {k: Registers(v) for k, v in chips.items()}, asic)), **more)
+
+    def wanted(self, key, *names):
+        values = self.chips.wanted[self.chips.find(key)]
+        return [self.chips.registers.values_by_name(values, [name])[name][0] for name in names]
+
+
+def test_registers_of_network_and_lines_stay_as_they_were_brought_up(monkeypatch):
+    made = Actions(monkeypatch, "2b", "1-1-11", "1-1-12")
+    made.chips.registers.change(made.chips.wanted, {"i_tx_diff0": 0, "tx_slices0": 15, "enable_posi": [0, 1, 0, 0]})
+    loaded = made.load({"1-1-11": {"i_tx_diff1": 3, "enable_posi": [1] * 4, "chip_id": 99, "csa_gain": 1}})
+    assert (loaded["enforced"], loaded["unchanged"]) == (["1-1-11"], ["1-1-12"])
+    # i_tx_diff0 shares its register with i_tx_diff1, which is named.
+    names = ("i_tx_diff0", "i_tx_diff1", "tx_slices0", "enable_posi", "chip_id", "csa_gain")
+    assert made.wanted("1-1-11", *names) == [0, 3, 15, [0, 1, 0, 0], 11, 1]
+    assert made.wanted("1-1-12", *names) == [0, 12, 15, [0, 1, 0, 0], 12, 0]
+
+
+def test_chips_are_found_on_other_io_channels_of_their_tile(monkeypatch):
+    made = Actions(monkeypatch, "2b", "1-1-11", "1-5-11", "1-6-12", "1-7-13", "1-8-13")
+    loaded = made.load({"1-4-11": {"threshold_global": 1}, "1-8-12": {"threshold_global": 2}})
+    assert loaded["moved"] == {"1-4-11": "1-1-11", "1-8-12": "1-6-12"}
+    keys = ("1-1-11", "1-5-11", "1-6-12")
+    assert [made.wanted(key, "threshold_global") for key in keys] == [[1], [255], [2]]
+    for chips, says in (
+        ({"1-1-11": {}, "1-2-11": {}}, "chips 1-1-11 and 1-2-11 are both chip 1-1-11 here"),
+        ({"1-6-13": {}}, "chip 1-6-13: on its tile are 1-7-13, 1-8-13"),
+        ({"1-9-11": {}, "1-1-11": {}}, r"1 of its 2 chips are not among the 5 chips here: 1-9-11; nothing was loaded"),
+        ({"1-1": {}}, "chip '1-1': expected a chip key"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            made.load(chips)
+    with pytest.raises(RequestError, match=r"nothing was loaded$"):
+        made.load({"1-9-11": {}}, skip_missing=True)
+    assert made.wanted("1-1-11", "threshold_global") == [1]
+
+
+def test_what_v3_chips_count_is_neither_saved_nor_loaded_nor_compared(monkeypatch):
+    made = Actions(monkeypatch, "3", "1-1-11")
+    place = made.chips.registers.addresses["total_packets_lsbs"][0]
+    made.chips.wanted[0, place] = 77
+    found = made.actions.retrieve_snapshot()
+    assert found == {"asic": "3", "chips": {"1-1-11": {"chip_id": 11}}}
+    made.load({"1-1-11": {"total_packets_lsbs": 5, "register 252": 3, "adc_hold_delay": 9}}, asic="3")
+    assert made.wanted("1-1-11", "total_packets_lsbs", "adc_hold_delay") == [77, 9]
+    assert made.chips.wanted[0, 252] == 3
+    again = make("3", made.actions.retrieve_snapshot()["chips"])
+    assert again.chips["1-1-11"].wanted == {"chip_id": 11, "adc_hold_delay": 9, "register 252": 3}
+    assert made.actions.compare_snapshot(pack(again))["same"]
+    with pytest.raises(RequestError, match="for chips of --asic 2b; this producer has --asic 3"):
+        made.load({"1-1-11": {}}, asic="2b")
+
+
+def test_a_snapshot_of_the_page_is_loaded(monkeypatch, tmp_path):
+    made = Actions(monkeypatch, "2b", "1-1-11")
+    chip = {"wanted": {"threshold_global": 5, "csa_enable": [0] * 64}, "confirmed": {"threshold_global": 6}}
+    page = {"larpixdaq_snapshot": 1, "time": "x", "producer": "LArPix board", "run": None, "chips": {"1-1-11": chip}}
+    (tmp_path / "page.json").write_text(json.dumps(page))
+    made.actions.load_snapshot(pack(read(tmp_path / "page.json")))
+    assert made.wanted("1-1-11", "threshold_global", "csa_enable") == [5, [0] * 64]
 
 
 def test_a_snapshot_brings_the_registers_back(chips):

@@ -33,6 +33,7 @@ from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.buffer.crash_recovery import Predecessors
 from larpixdaq.buffer.ring_file import RingFile, open_reader, ring_file_name
 from larpixdaq.buffer.spool import SpoolDirectory, SpoolHeader
+from larpixdaq.control import snapshots
 from larpixdaq.control.log_shipping import unpack_record
 from larpixdaq.emulators import network
 from larpixdaq.emulators.board_registers import BoardRegisters, ServerCrashError
@@ -42,7 +43,12 @@ from larpixdaq.emulators.noise import Channels, Noise
 from larpixdaq.emulators.revisions import REVISIONS
 from larpixdaq.emulators.serial_board import SerialBoard
 from larpixdaq.emulators.tile import EmulatedTile
-from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, ProtocolError, RingError
+from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, ProtocolError, RequestError, RingError
+from larpixdaq.hardware.chip_state import ChipState
+from larpixdaq.hardware.power import no_progress
+from larpixdaq.hardware.producer_link import ProducerPipe
+from larpixdaq.hardware.register_map import ChipRegisters
+from larpixdaq.hardware.snapshots import SnapshotActions
 from larpixdaq.hdf5 import journal, layout, names
 from larpixdaq.hdf5.hot_channels import dead_channels, hot_channels
 from larpixdaq.hdf5.reader import DataFile
@@ -812,6 +818,36 @@ def raw_recording(data: bytes) -> None:
                 assert used == len(data) - 1
 
 
+@cache
+def snapshot_actions() -> SnapshotActions:
+    """The actions of a producer that knows two chips."""
+    setup = hardware.Setup([hardware.BoardInfo(1, "pacman", "board")], "2b", int(Asic.V2), 2)
+    chips = ChipState(ChipRegisters("2b"), ProducerPipe(None, setup))  # type: ignore[arg-type]
+    chips.find(["1-1-11", "1-2-12"])
+    return SnapshotActions(chips, no_progress)
+
+
+def chip_snapshots(data: bytes) -> None:
+    """A chip's file of a laboratory, a snapshot's file, a list of disabled channels, and a snapshot in a request."""
+    actions = snapshot_actions()
+    packed = [zlib.compress(data, 1), data]
+    with folder() as path:
+        file = path / "one.json"
+        file.write_bytes(data)
+        for place in (file, path):
+            with documented(ConfigError, RequestError):
+                found = snapshots.read(place)
+                packed.append(snapshots.pack(found))
+                assert snapshots.unpack(packed[-1]) == found
+            file = file.rename(path / "config_1-1-11.json")
+        with documented(ConfigError, RequestError):
+            actions.disable_channels(snapshots.read_disabled(file) | {"1-9-9": []})
+    for content in packed:
+        with documented(RequestError):
+            assert actions.compare_snapshot(content)["chips"] <= 2
+            assert actions.compare_snapshot(content, content)["same"]
+
+
 def reader_seeds() -> dict[str, Iterator[bytes]]:
     feed = Feed()
     rows = random_rows(np.random.default_rng(1), 4)
@@ -848,7 +884,17 @@ def reader_seeds() -> dict[str, Iterator[bytes]]:
         yield b"\0" + log_of(emulated_messages(Asic.V2, 12))
         yield b"\0" + log_of([b"D" * 9, b"", b"S"]) + b"\xff" * 9
 
+    def of_snapshots() -> Iterator[bytes]:
+        registers = {"threshold_global": 40, "channel_mask": [1] * 64, "enable_posi": [0, 1, 0, 0]}
+        meta = {"CHIP_KEY": "1-1-11", "ASIC_ID": "1-1-11", "ASIC_VERSION": "2b"}
+        yield json.dumps(registers | {"meta": meta}).encode()
+        yield json.dumps({"csa_gain": True, "RESERVED": 0, "register 237": 1, **meta, "description": "x"}).encode()
+        yield json.dumps({"1-1-12": [6, 7], "1-1-11": [63], "meta": {}}).encode()
+        chips = {"1-1-11": {"wanted": registers}, "1-1-12": {"wanted": {}, "file": "config_1-1-12.json"}}
+        yield json.dumps({"larpixdaq_snapshot": 1, "asic": "2b", "time": "x", "chips": chips}).encode()
+
     return {
+        "chip_snapshots": of_snapshots(),
         "ring": of_edits(b""),
         "spool": of_spool(),
         "journal": of_journal(),
@@ -1105,6 +1151,7 @@ TARGETS: dict[str, dict[str, Callable[[bytes], None]]] = {
         "unfinished": unfinished,
         "recording": recording,
         "raw_recording": raw_recording,
+        "chip_snapshots": chip_snapshots,
     },
     "frames": {
         "stream_frames": stream_frames,

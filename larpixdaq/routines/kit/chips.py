@@ -211,9 +211,10 @@ class Chips:
             return {
                 str(key): {str(at): list(pair) for at, pair in registers.items()} for key, registers in wrong.items()
             }
-        values, answered = io.read_registers(self.keys, np.ones(self._sent.shape, np.bool_))
+        mask = np.tile(~io.registers.counted, (len(self), 1))  # without registers in which chips count themselves
+        values, answered = io.read_registers(self.keys, mask)
         table: dict[str, dict[str, list[int | None]]] = {}
-        for index, address in np.argwhere(~answered | (values != self._sent)).tolist():
+        for index, address in np.argwhere(mask & (~answered | (values != self._sent))).tolist():
             found = int(values[index, address]) if answered[index, address] else None
             table.setdefault(self.keys[index], {})[str(address)] = [int(self._sent[index, address]), found]
         return table
