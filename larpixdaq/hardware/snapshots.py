@@ -15,6 +15,7 @@ from larpixdaq.hardware.actions import LISTED, ChipActions
 from larpixdaq.hardware.chip_state import ChipState, short_list
 from larpixdaq.hardware.network_bringup import NETWORK
 from larpixdaq.hardware.power import Progress
+from larpixdaq.hardware.producer_link import BoardError
 from larpixdaq.schema import key_of, parse_key, tile_of
 
 #: Registers of the lines between chips, by the begin of their names. They are loaded only if the snapshot names them,
@@ -84,7 +85,11 @@ class SnapshotActions:
         mask = self._compared(named[rows])
         chips.wanted[indices] = np.where(mask, values[rows], chips.wanted[indices])
         chips.given[indices] |= mask
-        result = ChipActions(chips, self._progress).enforce_configuration([chips.key(i) for i in indices.tolist()])
+        try:
+            result = ChipActions(chips, self._progress).enforce_configuration([chips.key(i) for i in indices.tolist()])
+        except BoardError as error:
+            state = "the wanted values are those of the snapshot, and chips may have a part of them"
+            raise BoardError(f"{error}; {state}") from None
         others = np.setdiff1d(np.arange(len(chips.chip_keys)), indices).tolist()
         return result | {"missing": missing, "moved": moved, "unchanged": [chips.key(index) for index in others]}
 

@@ -87,6 +87,21 @@ def test_larpix_control_reads_the_configurations_that_fit(tmp_path, asic):
     }
 
 
+@pytest.mark.parametrize("asic", ["2d", "lightpix-1"])
+def test_files_of_generations_that_larpix_control_names_otherwise_are_read_by_it(tmp_path, asic):
+    """It knows no 2d, so that their configurations are only in /run/configs."""
+    feed, file = Feed(), RunFile(tmp_path, run_info(V2, asic_version=asic))
+    file.add(*configuration_block(feed, configured(11, asic=asic)))
+    file.add(*feed.block(rows(100)))
+    file.end(feed.end())
+    path = file.close().path
+    assert verify(path).ok, verify(path).findings
+    all_, _ = table(path)
+    assert (all_["chip_id"].tolist(), set(all_["asic"].tolist())) == ([11], {asic.encode()})
+    found = hdf5format.from_file(str(path), load_configs=True)
+    assert [str(chip.chip_key) for chip in found["configs"]] == ([] if asic == "2d" else ["1-1-11"])
+
+
 def test_every_part_begins_with_the_known_configurations(tmp_path):
     feed, second = Feed(), Feed(producer="second")
     first = RunFile(tmp_path, run_info())
