@@ -80,10 +80,19 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         `values` and `mask` have shape (chips, registers). Packets of larpix-control would take some hundred times as
         long.
         """
+        self.await_posted(self.post_registers(keys, values, mask))
+
+    def post_registers(self, keys: Sequence[str], values: NDArray[np.uint8], mask: NDArray[np.bool_]) -> list[int]:
+        """Send as write_registers() does, without waiting for the boards. await_posted() takes the returned numbers."""
         chip_keys = _key_parts(keys)
         chips, addresses = np.nonzero(mask)
         made = self.registers.words(PacketType.CONFIG_WRITE, chip_keys[chips, 2], addresses, values[chips, addresses])
-        self._send(chip_keys[chips, 0], chip_keys[chips, 1].astype(np.uint8), made)
+        return self._post(chip_keys[chips, 0], chip_keys[chips, 1].astype(np.uint8), made)
+
+    def await_posted(self, numbers: Sequence[int]) -> None:
+        """Wait until the boards have accepted the words of post_registers(); BoardError if one does not."""
+        for number in numbers:
+            self._link.await_answer(number)
 
     def read_registers(
         self, keys: Sequence[str], mask: NDArray[np.bool_]
@@ -111,8 +120,11 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         self._send(chip_keys[:, 0], chip_keys[:, 1].astype(np.uint8), made)
 
     def _send(self, groups: NDArray[np.int64], channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
+        self.await_posted(self._post(groups, channels, words))
+
+    def _post(self, groups: NDArray[np.int64], channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> list[int]:
         if not len(words):
-            return
+            return []
         self.groups(np.unique(groups).tolist())
         numbers = []
         for io_group in np.unique(groups).tolist():
@@ -121,8 +133,7 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
             for begin in range(0, len(at), BATCH):
                 part = at[begin : begin + BATCH]
                 numbers.append(self._link.send_words(io_group, channels[part], words[part]))
-        for number in numbers:
-            self._link.await_answer(number)
+        return numbers
 
     def start_listening(self) -> None:
         """Start to keep packets; RuntimeError if it listens already, as in PACMAN_IO."""

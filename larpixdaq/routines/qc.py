@@ -132,6 +132,7 @@ class _QualityControl:
                 "trigger_rate": {"most_hz": 2 * high},
                 "test_pulse": {"raise_by": _RAISE},
                 "gain": {"raise_by": _RAISE},
+                "s_curve": {"step": 2},
                 "leakage": {"raise_by": _RAISE},
             }
             for step in self._steps:
@@ -141,7 +142,7 @@ class _QualityControl:
                     self._not_measured.append(f"{step}: needs the thresholds of a calibration")
                     continue
                 if step == "s_curve" and "gain" in self.results:
-                    arguments[step] = {"pulse_mv": self._column("gain", "pulse_mv")}
+                    arguments[step]["pulse_mv"] = self._column("gain", "pulse_mv")
                 if step == "leakage" and "s_curve" in self.results:
                     arguments[step]["baseline"] = self._column("s_curve", "baseline")
                 self._step(step, arguments.get(step, {}))

@@ -13,7 +13,7 @@ from larpixdaq.emulators.noise import DAC_STEP, PULSE_STEP
 from larpixdaq.errors import RequestError
 
 SLOW = 180.0
-CHIPS = 8
+CHIPS = 6
 FLIPS = 2e-4
 #: Limits for each of some hundred channels, in standard deviations.
 SIGMAS = 5.5
@@ -131,7 +131,7 @@ def test_pedestals_gain_s_curves_and_leakage_are_those_of_the_emulator(good, tmp
     assert 0.8 < pull.std() < 1.2
 
     step = {key: values["pulse_mv"] for key, values in gain["chips"].items()}
-    curve = good.run("s_curve", leave_off=disable, pulses=20, pulse_mv=step, directory=str(tmp_path))
+    curve = good.run("s_curve", leave_off=disable, pulses=20, step=2, pulse_mv=step, directory=str(tmp_path))
     threshold, error = good.column(curve, "threshold"), good.column(curve, "threshold_error")
     assert np.isnan(threshold[taken]).mean() < 0.02
     assert flags(good, curve["bad"]).sum() == np.isnan(threshold[taken]).sum()
@@ -150,7 +150,7 @@ def test_pedestals_gain_s_curves_and_leakage_are_those_of_the_emulator(good, tmp
     assert np.nanmax(abs(baseline - true_threshold)) < 4.0  # mV
 
     base = {key: values["baseline"] for key, values in curve["chips"].items()}
-    leak = good.run("leakage", seconds=10.0, leave_off=curve["disable"], baseline=base)
+    leak = good.run("leakage", seconds=8.0, leave_off=curve["disable"], baseline=base)
     found, error = good.column(leak, "leakage_mv_s"), good.column(leak, "leakage_mv_s_error")
     assert leak["saturated"] == []
     assert abs(pulls(found, error, good.channels["leakage"])).max() < 7  # from few hits, Poisson's tails are long

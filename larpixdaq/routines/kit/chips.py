@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -136,28 +137,27 @@ class Chips:
         low, high = (self.get(what)[:, None] * vdda_mv / COUNTS for what in ("vcm", "vref"))
         return low, (high - low) / COUNTS
 
-    def pulser(self, high: int, low: int) -> Callable[[], None]:
-        """Return a function that lets the test pulse DAC of all chips fall from `high` to `low`, and rise again.
+    def pulse(self, high: int, low: int, number: int, pause: float) -> None:
+        """Let the test pulse DAC of all chips fall from `high` to `low` and rise again, `number` times.
 
-        Now and after each call the DAC is `high`.
+        The DAC must be `high`, as it is afterwards. `pause`: seconds between two pulses.
         """
-        self.set(testpulse_dac=high)
         risen, name = self._sent, self._name("testpulse_dac")
         self._put(name, [low] * len(self))
         fallen = self._data()
         self._put(name, [high] * len(self))
         marked = fallen != risen
         io = self.controller.io
-
-        def pulse() -> None:
-            if hasattr(io, "write_registers"):  # set() would compare all registers of all chips
-                io.write_registers(self.keys, fallen, marked)
-                io.write_registers(self.keys, risen, marked)
-            else:
-                self.set(testpulse_dac=low)
-                self.set(testpulse_dac=high)
-
-        return pulse
+        posted: list[int] = []
+        for _ in range(number):
+            for values in (fallen, risen):
+                if hasattr(io, "post_registers"):  # set() would compare all registers of all chips, and wait
+                    posted += io.post_registers(self.keys, values, marked)
+                else:
+                    self.set(testpulse_dac=low if values is fallen else high)
+            time.sleep(pause)
+        if posted:
+            io.await_posted(posted)
 
     def unmasked(self) -> Chips:
         """Return these chips; ValueError names chips of which all channels are masked."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -68,12 +67,9 @@ class Pulser:
     def send(self, amplitude: int, pulses: int) -> Pulses:
         """Send pulses of `amplitude` DAC counts and measure their hits."""
         chips = self._chips
-        pulse = chips.pulser(HIGH, HIGH - amplitude)
 
         def act() -> None:
-            for _ in range(pulses):
-                pulse()
-                time.sleep(max(_PAUSE, self._pause))
+            chips.pulse(HIGH, HIGH - amplitude, pulses, max(_PAUSE, self._pause))
 
         measured = collect(chips.controller, chips.keys, _WAIT + self._pause, act=act)
         shape = len(chips), chips.channels
