@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from larpixdaq._native.decoders import PacmanDecoder, encode_pacman
 from larpixdaq.constants import MIN_FREE, Count, RunCondition
-from larpixdaq.errors import FileError, FileLocked, cause
+from larpixdaq.errors import FileError, cause
 from larpixdaq.hdf5 import columns, layout, metadata, names
 from larpixdaq.hdf5.reader import PIECE_ROWS, DataFile, check_dataset
 from larpixdaq.hdf5.recordings import RawFile, key_groups, open_recording
@@ -353,10 +353,11 @@ def raw_path(packets: Path) -> Path:
 
 
 def make_raw(packets: Path) -> RawReport:
-    """Make the raw file of a finished packet file, beside it, completely or not at all. One that exists is kept.
+    """Make the raw file of a finished packet file, beside it, completely or not at all. One that exists is kept, and
+    one that another process is making is waited for.
 
     FileError if the packet file is not finished or damaged, if the disk has no room, or if a file of that name was not
-    made from this packet file; FileLocked while another process makes it.
+    made from this packet file.
     """
     path = raw_path(packets)
     if not packets.name.endswith(names.FINISHED) or packets.name.endswith(names.RAW):
@@ -380,15 +381,15 @@ def make_raw(packets: Path) -> RawReport:
 
 @contextlib.contextmanager
 def _locked(part: Path) -> Iterator[None]:
-    """Hold the lock of a file that is made. FileError if it cannot be made, FileLocked if another process has it."""
+    """Wait for the lock of a file that is made, and hold it. FileError if it cannot be made."""
+    flags = os.O_RDWR | os.O_CREAT
     try:
         locked = lock_directory.open(
-            part, os.O_RDWR | os.O_CREAT, opener=lambda path, flags: open_regular(path, flags, 0o666)
+            part, flags, opener=lambda path, flags: open_regular(path, flags, 0o666), wait=True
         )
     except OSError as error:
         raise error if isinstance(error, FileError) else FileError(f"cannot make {part}: {error.strerror}") from None
-    if locked is None:
-        raise FileLocked(f"{part}: another process is making this raw file")
+    assert locked is not None
     try:
         yield
     finally:
@@ -433,17 +434,24 @@ def read_raw(path: Path) -> Iterator[RawContent]:
             attributes = dict(file.hdf5["meta"].attrs)
             check_dataset(path, "ledger/raw", file.hdf5["ledger/raw"])
             ledger = file.hdf5["ledger/raw"][:]
-            packet_file, version = str(attributes["packet_file"]), str(attributes["io_version"])
-            clock64 = bool(attributes["clock64"])
+            packet_file, version, clock64 = (attributes[name] for name in ("packet_file", "io_version", "clock64"))
         except FileError:
             raise
         except KeyError:
             raise FileError(f"{path}: raw file that larpix-daq did not write") from None
         except (OSError, RuntimeError, ValueError, TypeError) as error:
             raise FileError(f"{path}: damaged raw file: {cause(error)}") from None
-        form = FORMAT_1_0 if version == FORMAT_1_0.io_version else LEGACY_CLOCK64 if clock64 else LEGACY
+        if (
+            not isinstance(packet_file, str)
+            or packet_file in ("", "..")
+            or os.path.basename(packet_file) != packet_file
+        ):
+            raise FileError(f"{path}: names {packet_file!r} as its packet file, expected the name of a file")
         if ledger.dtype != LEDGER:
             raise FileError(f"{path}: /ledger/raw has other columns than expected: {ledger.dtype}")
+        forms = {(form.io_version, form.clock64): form for form in (LEGACY, LEGACY_CLOCK64, FORMAT_1_0)}
+        if (form := forms.get((str(version), bool(clock64)))) is None:
+            raise FileError(f"{path}: messages of io_version {version}, expected one of larpix-daq")
         yield RawContent(file, packet_file, form, attributes, ledger)
 
 
@@ -455,7 +463,7 @@ def verify_raw(path: Path) -> tuple[int, list[str], list[str]]:
     with read_raw(path) as raw:
         words = int(raw.ledger["words"].sum())
         facts = f"{raw.file.messages} messages with {words} words, from {raw.packet_file}"
-        packets = path.with_name(os.path.basename(raw.packet_file))
+        packets = path.with_name(raw.packet_file)
         if not packets.is_file():
             return words, _check_alone(raw), [f"{facts}, which is not here: only its own ledger was compared"]
         with DataFile(packets, own=True) as file:

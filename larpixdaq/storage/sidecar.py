@@ -279,7 +279,7 @@ def exists(path: Path) -> bool:
 def finish_raw(packets: Path) -> RawReport:
     """Make the raw file of a finished packet file, with its sidecar and, if that has one, its second name.
 
-    What exists is kept. FileError and FileLocked as of make_raw().
+    What exists is kept. FileError as of make_raw().
     """
     report = make_raw(packets)
     if exists(report.path):
@@ -288,7 +288,7 @@ def finish_raw(packets: Path) -> RawReport:
         info, kind = file.run_info(), (file.texts().get("kind") or [""])[-1]
     sidecar = packets.with_suffix(names.SIDECAR)
     second = _second_name(packets, _read(sidecar)) if os.path.lexists(sidecar) else ""
-    stem = second.removesuffix(names.FINISHED)
+    stem = second.removesuffix(names.FINISHED).replace("packet", "raw")
     write(
         report.path,
         {"name": give_name(report.path, stem, names.RAW) if second else report.path.name}

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from recorded_data import shared_data
 
 from larpixdaq._native import decoders
 from larpixdaq.cli import main
-from larpixdaq.errors import FileError, FileLocked
+from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import raw_file
 from larpixdaq.hdf5.raw_file import make_raw, read_raw, verify_raw
 from larpixdaq.hdf5.reader import count_words
@@ -386,7 +387,7 @@ def test_only_finished_packet_files_are_taken(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_leaves_no_raw_file_and_the_next_one_makes_it(tmp_path: Path) -> None:
-    """While one process makes it, another one says so."""
+    """While one process makes it, another one waits for it."""
     path = part(tmp_path)
     expected = theirs(make_raw(path).path)
     raw = raw_file.raw_path(path)
@@ -400,14 +401,20 @@ def test_a_killed_process_leaves_no_raw_file_and_the_next_one_makes_it(tmp_path:
     with subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"written\n"
-        with pytest.raises(FileLocked, match="another process is making this raw file"):
-            make_raw(path)
-        assert not raw.exists()
-        process.send_signal(signal.SIGKILL)
-    left = raw.with_name(raw.name.replace(".raw.h5", ".raw.part"))
-    assert left.exists()
-    assert verify_all([tmp_path]).ok
-    assert make_raw(path).made
+        left = raw.with_name(raw.name.replace(".raw.h5", ".raw.part"))
+        assert left.exists()
+        assert verify_all([tmp_path]).ok
+        with ThreadPoolExecutor() as threads:
+            second = threads.submit(make_raw, path)
+            assert not raw.exists()
+            process.send_signal(signal.SIGKILL)
+            assert second.result(LIMIT).made
+    assert theirs(raw) == expected
+    assert not left.exists()
+    raw.unlink()
+    with ThreadPoolExecutor() as threads:
+        made = [report.made for report in threads.map(make_raw, [path] * 3)]
+    assert sorted(made) == [False, False, True]
     assert theirs(raw) == expected
     assert not left.exists()
 
@@ -465,6 +472,27 @@ def test_verify_finds_what_was_changed(tmp_path: Path, capsys: pytest.CaptureFix
     assert line.startswith("io_group 9: messages, words, bytes [1, ")
     raw.write_bytes(raw.read_bytes()[: raw.stat().st_size // 2])
     assert not verify_all([raw]).ok
+
+
+@pytest.mark.parametrize("name", ["", "..", "/etc/passwd", "../a.h5", np.bytes_(b"a.h5"), 7])
+def test_a_raw_file_names_only_a_file_beside_it(name: Any, tmp_path: Path) -> None:
+    raw = make_raw(part(tmp_path)).path
+    with h5py.File(raw, "r+") as file:
+        file["meta"].attrs["packet_file"] = name
+    (report,) = verify_all([raw]).files
+    assert "expected the name of a file" in report.findings[0]
+
+
+def test_damaged_raw_files_are_one_line(tmp_path: Path) -> None:
+    raw = make_raw(part(tmp_path)).path
+    good = raw.read_bytes()
+    dice = np.random.default_rng(1)
+    for _ in range(examples(20)):
+        bad = bytearray(good)
+        bad[int(dice.integers(len(bad)))] = int(dice.integers(256))
+        raw.write_bytes(bad)
+        (report,) = verify_all([raw]).files
+        assert all("\n" not in line for line in report.findings + report.notes)
 
 
 def test_short_messages_of_boards_that_alternate(tmp_path: Path) -> None:

@@ -134,16 +134,16 @@ def test_a_sidecar_has_the_entry_for_a_catalogue(tmp_path: Path) -> None:
     assert entry["core.end_time"] - entry["core.start_time"] == 1.0
     assert content(tmp_path / "packet-1.h5") == found
     raw = finish_raw(path)
-    assert (tmp_path / "packet-1.raw.h5").samefile(raw.path)
+    assert (tmp_path / "raw-1.raw.h5").samefile(raw.path)
     entry = content(raw.path)
-    assert entry == content(tmp_path / "packet-1.raw.h5")
-    assert (entry["name"], entry["messages"], entry["words"]) == ("packet-1.raw.h5", raw.messages, raw.words)
+    assert entry == content(tmp_path / "raw-1.raw.h5")
+    assert (entry["name"], entry["messages"], entry["words"]) == ("raw-1.raw.h5", raw.messages, raw.words)
     assert entry["packet_file"] == path.name
     assert entry["metadata"]["core.data_tier"] == "raw"
     assert entry["checksums"]["adler32"] == f"{zlib.adler32(raw.path.read_bytes()):08x}"
     raw.path.with_suffix(".json").unlink()  # as if the process had been killed before
     assert finish_raw(path) == raw._replace(made=False)
-    assert content(raw.path)["name"] == "packet-1.raw.h5"
+    assert content(raw.path)["name"] == "raw-1.raw.h5"
 
 
 def test_comments_come_into_the_sidecars_of_both_names(tmp_path: Path) -> None:

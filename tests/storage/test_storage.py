@@ -881,7 +881,7 @@ def test_each_finished_file_has_a_raw_file_and_a_second_name(rigs: Callable[...,
     assert len(packets) == len(raws) == 2
     for path, raw, name in zip(packets, raws, ("packet-test-0000042", "packet-test-0000042-2"), strict=True):
         assert (tmp_path / f"{name}.h5").samefile(path)
-        assert (tmp_path / f"{name}.raw.h5").samefile(raw)
+        assert (tmp_path / f"{name.replace('packet', 'raw')}.raw.h5").samefile(raw)
         assert sidecar(raw)["words"] == sum(count_words(path).values())
         assert sidecar(tmp_path / f"{name}.h5") == sidecar(path)
     assert verify_all([tmp_path]).ok
