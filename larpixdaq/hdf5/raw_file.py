@@ -434,25 +434,22 @@ def read_raw(path: Path) -> Iterator[RawContent]:
             attributes = dict(file.hdf5["meta"].attrs)
             check_dataset(path, "ledger/raw", file.hdf5["ledger/raw"])
             ledger = file.hdf5["ledger/raw"][:]
-            packet_file, version, clock64 = (attributes[name] for name in ("packet_file", "io_version", "clock64"))
+            packets = attributes["packet_file"]
+            version, clock64 = str(attributes["io_version"]), bool(attributes["clock64"])
         except FileError:
             raise
         except KeyError:
             raise FileError(f"{path}: raw file that larpix-daq did not write") from None
         except (OSError, RuntimeError, ValueError, TypeError) as error:
             raise FileError(f"{path}: damaged raw file: {cause(error)}") from None
-        if (
-            not isinstance(packet_file, str)
-            or packet_file in ("", "..")
-            or os.path.basename(packet_file) != packet_file
-        ):
-            raise FileError(f"{path}: names {packet_file!r} as its packet file, expected the name of a file")
+        if not isinstance(packets, str) or packets in ("", "..") or os.path.basename(packets) != packets:
+            raise FileError(f"{path}: names {packets!r:.100} as its packet file, expected the name of a file")
         if ledger.dtype != LEDGER:
             raise FileError(f"{path}: /ledger/raw has other columns than expected: {ledger.dtype}")
         forms = {(form.io_version, form.clock64): form for form in (LEGACY, LEGACY_CLOCK64, FORMAT_1_0)}
-        if (form := forms.get((str(version), bool(clock64)))) is None:
+        if (form := forms.get((version, clock64))) is None:
             raise FileError(f"{path}: messages of io_version {version}, expected one of larpix-daq")
-        yield RawContent(file, packet_file, form, attributes, ledger)
+        yield RawContent(file, packets, form, attributes, ledger)
 
 
 def verify_raw(path: Path) -> tuple[int, list[str], list[str]]:
