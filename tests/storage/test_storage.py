@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
+import signal
 import sys
 import threading
 import zlib
@@ -910,6 +912,38 @@ def test_a_raw_file_that_cannot_be_made_is_an_alarm_only(
     assert status.on_close_failed == 1
     assert [record.levelname for record in caplog.records if "--raw" in record.message] == ["ERROR"]
     assert (tmp_path / "run0000042_20261122T071251Z_000.raw.h5").read_text() == "precious"
+
+
+def test_the_end_does_not_wait_for_a_raw_file(
+    rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its process goes on without the storage. Of files that wait, the next storage has raw files made."""
+    hangs = tmp_path / "python"
+    hangs.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 1000\n")
+    hangs.chmod(0o755)
+    with monkeypatch.context() as patched:
+        patched.setattr("larpixdaq.storage.finisher.LAST_RAW", 0.1)
+        patched.setattr(sys, "executable", str(hangs))
+        rig, feed = rigs(raw=True, limits=parse_limit("10rows")), Feed(RUN)
+        rig.prepare()
+        rig.take(feed.block(rows(10)), feed.block(rows(10)), feed.end())
+        assert rig.end(2).value["condition"] == "COMPLETE"
+        pid = int(rig.until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "the process"))
+        assert os.getpriority(os.PRIO_PROCESS, pid) >= finisher.RAW_NICE
+        rig.storage.close()
+    named = [record.message.split()[0] for record in caplog.records if "was not waited for" in record.message]
+    assert named == [f"run0000042_20261122T071251Z_00{part}.raw.h5" for part in (0, 1)]
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not rig.storage.finisher._raws._thread.is_alive(), "the end of its thread")
+    rigs(raw=True).until(lambda: len(list(tmp_path.glob("*.raw.json"))) == 2, "both raw files")
+
+
+def test_the_time_to_a_full_disk_counts_raw_files(rigs: Callable[..., Rig]) -> None:
+    assert rigs().storage.finisher.with_raw(1000) == 1000
+    made = rigs(raw=True).storage.finisher
+    assert (made.with_raw(None), made.with_raw(1000)) == (None, 200)
+    made.raw_from_bytes, made.raw_bytes = 10, 30
+    assert made.with_raw(1000) == 250
 
 
 def test_the_end_does_not_wait_for_a_hanging_command(
