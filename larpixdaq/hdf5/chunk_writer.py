@@ -193,8 +193,8 @@ class Batch:
         for chunk in self._chunks[:n]:
             self.unread_chunks += chunk.received is not None
         if n:
-            for chunk in (self._previous, *self._chunks[: n - 1]):
-                self._release(chunk)
+            for kept in (self._previous, *self._chunks[: n - 1]):
+                self._release(kept)
             self._previous = self._chunks[n - 1]
             del self._chunks[:n]
             self.base += n * schema.CHUNK_ROWS
