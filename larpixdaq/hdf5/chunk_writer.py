@@ -187,8 +187,7 @@ class Batch:
         n = full if wait else max(self._packed, min(LEAST, full))
         self._set_rows(max(self.base + n * schema.CHUNK_ROWS, self._visible_rows))
         self._write_chunks(n)
-        for chunk in self._chunks[:n]:
-            self.unread_chunks += chunk.received is not None
+        self.unread_chunks += sum(chunk.received is not None for chunk in self._chunks[:n])
         if n:
             for kept in (self._previous, *self._chunks[: n - 1]):
                 self._release(kept)
