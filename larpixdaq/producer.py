@@ -101,6 +101,8 @@ class Producer:
         self.ending: tuple[Call, float] | None = None
         self._short_rest = any(source.small_buffer for source in boards)
         self._busy_at = 0.0  # last time at which a read() left data behind
+        self._rested = False  # before the present turn
+        self._holds = True  # the boards are held in rests, because few data come in one
         self._late = False
         self._watch = Watch()
         self._idle_watch = Watch(math.inf)  # between runs
@@ -206,6 +208,8 @@ class Producer:
             busy = self.readout.turn(poller)
             if not self.readout.quiet:
                 self._busy_at = time.monotonic()
+            if self._rested:
+                self._rested, self._holds = False, self.readout.rows < FEW_ROWS
             rest = self._rest() if busy else 0
             if rest == REST:
                 self.recorder.close_block()
@@ -230,8 +234,12 @@ class Producer:
         return SHORT_REST if self._short_rest or self.child.listening else REST
 
     def _sleep(self, rest: int, poller: zmq.Poller) -> None:
-        """Wait for `rest` milliseconds, or a request. Nothing is held at the end of a run, when nothing may be late."""
-        if self.ending is not None:
+        """Wait for `rest` milliseconds, or a request.
+
+        Nothing is held at the end of a run, when nothing may be late, and at high rates, which keep libzmq's threads busy.
+        """
+        self._rested = True
+        if self.ending is not None or not self._holds:
             poller.poll(rest)
             return
         self.readout.hold(True)

@@ -48,9 +48,13 @@ class RunData:
         self._counting = 0.0  # processor time for frames, s; requests are not in it, since a smaller sample saves none
         self._reported: set[tuple[str, int | None]] = set()
 
-    def turn(self) -> None:
-        """Run actions, connect to new producers, and count a limited number of frames."""
-        self.node.dispatch()
+    def turn(self, *, requested: bool = True) -> None:
+        """Run actions, connect to new producers, and count a limited number of frames.
+
+        `requested`: the node's fileno() may be readable.
+        """
+        if requested:
+            self.node.dispatch()
         if self.node.producers is not self._producers:
             self._producers = self.node.producers
             self.consumer.session = self.node.session
@@ -74,8 +78,8 @@ class RunData:
         for descriptor in (signals.fileno(), self.node.fileno(), self.consumer.fileno()):
             poller.register(descriptor, zmq.POLLIN)
         while not signals.stop:
-            poller.poll(0 if self.consumer.queued else self.node.wait_ms())
-            self.turn()
+            ready = dict(poller.poll(0 if self.consumer.queued else self.node.wait_ms()))
+            self.turn(requested=self.node.fileno() in ready)
 
     def _receive(self, producer: str, frame: FromProducer, payload: memoryview | None, _: PackedRows | None) -> None:
         try:

@@ -52,6 +52,7 @@ class Waker:
         self._read, self.write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # reentrant, because the garbage collector may call close() during wake()
         self._lock = threading.RLock()
+        self._woken = False
 
     def fileno(self) -> int:
         return self._read
@@ -61,9 +62,16 @@ class Waker:
         with self._lock, contextlib.suppress(BlockingIOError):  # full: it is readable already
             if self.write_end >= 0:
                 os.write(self.write_end, b"\0")
+        self._woken = True  # after the write, so that clear() leaves no byte behind for ever
 
     def clear(self) -> None:
         """Discard all wake-ups so far. Call it before reading the posted results, so that no wake-up is missed."""
+        if self._woken:  # because a read() of an empty pipe lets other threads take the interpreter
+            self._woken = False
+            self.drain()
+
+    def drain(self) -> None:
+        """Discard also what others have written to `write_end`."""
         with contextlib.suppress(BlockingIOError):
             while len(os.read(self._read, 4096)) == 4096:
                 pass
@@ -149,7 +157,7 @@ class Signals:
     def take_reload(self) -> bool:
         """Return whether the reload signal has come since the last call."""
         if not self.stop:
-            self._waker.clear()
+            self._waker.drain()
         came, self._reloads = self._reloads, False
         return came
 
