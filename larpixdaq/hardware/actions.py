@@ -63,15 +63,14 @@ def act(chips: ChipState, action: str, params: dict[str, Any], progress: Progres
     """Carry out an action, one of constants.HARDWARE_ACTIONS, with these arguments by name. Returns its result."""
     from larpixdaq.hardware.snapshots import SnapshotActions  # here, because it builds on these classes
 
-    boards = BoardActions(chips.link, chips.invalidate, progress, chips.dacs)
     groups = (
         ChipActions(chips, progress),
         SnapshotActions(chips, progress),
-        boards,
+        BoardActions(chips.link, chips.invalidate, progress, chips.dacs),
         RegisterActions(chips.link, chips.invalidate, chips.dacs),
         PowerActions(chips.link, chips.invalidate, progress, chips.dacs),
         LayoutActions(chips.layout),
-        DiscoveryActions(chips, boards.orders, boards.reset, progress),
+        DiscoveryActions(chips, progress),
     )
     method = next(getattr(actions, action) for actions in groups if hasattr(actions, action))
     signature = inspect.signature(method)

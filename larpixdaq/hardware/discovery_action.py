@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from larpixdaq.errors import RequestError
-from larpixdaq.hardware.board_commands import BoardOrders
 from larpixdaq.hardware.chip_state import ChipState
 from larpixdaq.hardware.network_discovery import NetworkDiscovery, Tile
 from larpixdaq.hardware.pacman_registers import FIRMWARE, MAP_VERSION, TILES, read, tile_mask, values_in
@@ -28,9 +27,11 @@ _LISTED: Final = 10_000
 class DiscoveryActions:
     """The action that finds the chips of tiles, and writes their networks as a board file."""
 
-    def __init__(self, chips: ChipState, orders: BoardOrders, reset: Any, progress: Progress) -> None:
-        """`reset(length, io_groups)`: BoardActions.reset()."""
-        self._chips, self._orders, self._reset, self._progress = chips, orders, reset, progress
+    def __init__(self, chips: ChipState, progress: Progress) -> None:
+        from larpixdaq.hardware.actions import BoardActions  # here, because it imports this module
+
+        boards = BoardActions(chips.link, chips.invalidate, progress, chips.dacs)
+        self._chips, self._orders, self._reset, self._progress = chips, boards.orders, boards.reset, progress
 
     def discover_network(
         self,
