@@ -158,6 +158,9 @@ class Network(Chain):
         for io_channel, chip, receiver in wiring.entries:
             self._entries.setdefault(io_channel, []).append((chip, receiver))
         self._also, self._flipping = wiring.also, wiring.flipping
+        #: Results of listeners() and exits() as long as the entries in `hears` and `leaves` are not UNKNOWN.
+        self._listeners: dict[int, dict[int, list[int]]] = {}
+        self._io_channels: dict[int, list[int]] = {}
         #: Number of links that flip bits on the way: of words by (io_channel, chip), and of a chip's answers.
         self.flips_to: dict[tuple[int, int], int] = {}
         self.flips_from: dict[int, int] = {}
@@ -167,7 +170,10 @@ class Network(Chain):
         self._reached_from: list[set[int]] = [set() for _ in wiring.keys]  # io_channels whose words reach the chip
 
     def listeners(self, io_channel: int, chip_id: int) -> list[int]:
+        if self.hears[io_channel, 0] != PathEnd.UNKNOWN:
+            return self._listeners[io_channel].get(chip_id, [])
         by_id: dict[int, list[int]] = {}
+        self._listeners[io_channel] = by_id
         ticks = self._ticks_to_chips(io_channel)
         # chips to visit: the chip, the UART that receives the words, the mask of the chip_ids on their path, and the
         # number of links there that flip bits
@@ -195,11 +201,15 @@ class Network(Chain):
         return self._enter_listeners(io_channel, by_id).get(chip_id, [])
 
     def exits(self, chip: int) -> list[int]:
+        if self.leaves[chip] != PathEnd.UNKNOWN:
+            return self._io_channels[chip]
         known = self._exit_of_neighbour(chip)
         if known is not None:
             self.leaves[chip], self.flips_from[chip] = known, 0
-            return [known] if known >= 0 else []
-        io_channels = []
+            self._io_channels[chip] = [known] if known >= 0 else []
+            return self._io_channels[chip]
+        io_channels: list[int] = []
+        self._io_channels[chip] = io_channels
         queue, visited = [chip], {chip}
         flips = {chip: 0}
         self.flips_from[chip] = 0

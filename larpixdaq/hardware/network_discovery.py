@@ -609,13 +609,13 @@ class NetworkDiscovery:
 
     @staticmethod
     def _wrong_ids(tile: Tile, parent: Chip, chip_id: int) -> list[int]:
-        """Return the ids with which a chip may have missed its own: that at power-up, and those with one other bit.
+        """Return the ids with which a chip may have missed its own: one bit differs from it, or from that at power-up.
 
         Words for other chips of the same io_channel must not be sent.
         """
         used = {chip.chip_id for chip in tile.chips.values() if chip.io_channel == parent.io_channel}
-        ids = (_POWER_UP, *(chip_id ^ 1 << bit for bit in range(8)))
-        return [wrong for wrong in ids if wrong not in used and 0 < wrong < 255]
+        ids = [_POWER_UP, *(right ^ 1 << bit for right in (_POWER_UP, chip_id) for bit in range(8))]
+        return [wrong for wrong in dict.fromkeys(ids) if wrong not in used | {chip_id} and wrong <= _LAST_ID]
 
     # Links beside the network.
 

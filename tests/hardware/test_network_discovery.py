@@ -129,7 +129,8 @@ def test_a_chip_that_keeps_a_bit_of_its_id_is_named(bit, value):
     truth, found, text = faults_of(stuck=[(chip, 122, bit, value)])
     assert set(found.chips) == truth.reachable([chip])
     assert chip in found.missing()
-    kept = chip ^ 1 << bit
+    first = 1 & ~(1 << bit) | value << bit  # the id at power-up
+    kept = chip ^ 1 << bit if first == 1 else first
     # an id that another chip of the io_channel has cannot be asked for
     assert f"chip {chip} keeps id {kept}: not used" in text or f"no answer from chip {chip}" in text
 
@@ -237,6 +238,35 @@ def test_a_board_is_discovered_and_then_configured(line, tmp_path):
         with pytest.raises(RequestError, match=r"no chip answers on io_group 1 tile 5: have they power"):
             operator.discover_network(str(tmp_path / "none.json"), tiles=5).result(SLOW)
         assert not (tmp_path / "none.json").exists()
+
+
+def test_bad_chips_and_links_are_named_through_the_whole_system(line, tmp_path):
+    faults = {
+        "--dead-chips": "1-2-42",
+        "--one-way-links": "1-1-13/1-1-23",
+        "--flipping-links": "1-3-72/1-3-73",
+        "--impostors": "1-3-75=104",
+        "--stuck-bits": "1-2-55:122.7=1",
+    }
+    planted = [text for fault in faults.items() for text in fault]
+    with emulator("--chips", "100", "--power-on", "--flips", "0.5", *planted) as board:
+        operator = start(line, board)
+        found = operator.discover_network(str(tmp_path / "found.json")).result(SLOW)
+        (tile,) = found["tiles"]
+        assert tile["missing"] == [42, 55, 75]
+        assert tile["one_way"] == [[13, 23]]
+        assert tile["bad_links"] == [[72, 73]]
+        text = "\n".join(found["faults"])
+        for part in (
+            "no answer from chip 42",
+            "chip 55 keeps id 129: not used",
+            "chip 75 answers for id 104",
+            "link 13 - 23 works only from 13 to 23",
+            "changes bits",
+        ):
+            assert part in text
+        assert len(found["faults"]) == 5
+        assert operator.configure_network().result(SLOW)["ok"]
 
 
 def test_a_tile_is_discovered_beside_another_that_is_in_use(line, tmp_path):
