@@ -189,6 +189,7 @@ class ChipState:
             from larpixdaq.hardware.controller_io import StreamIO
 
             controller.io = StreamIO(self.link, self.registers, self.invalidate, self.layout)
+            controller.io.dacs = self.dacs
         for key in self._index:
             if key_of(key) not in controller.chips:
                 controller.add_chip(key_of(key), version=self.registers.version)

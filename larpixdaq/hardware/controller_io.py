@@ -20,6 +20,8 @@ from larpixdaq._native import word_codec
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware.board_commands import BoardOrders
 from larpixdaq.hardware.pixel_layout import LoadedLayout
+from larpixdaq.hardware.power import Progress, no_progress
+from larpixdaq.hardware.power_up import PowerActions
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.hardware.register_io import BATCH, RegisterExchange, interleave
 from larpixdaq.hardware.register_map import ChipRegisters
@@ -57,6 +59,19 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         self.mark_number = 0
         kinds = [Packet_v1()] if self._asic == Asic.V1 else [Packet_v2(), SyncPacket(), TriggerPacket()]
         refuse_unknown_names(PacketCollection, [*kinds, TimestampPacket()], _ADDED_NAMES)
+
+    def power_up(
+        self,
+        tiles: Any = None,
+        vdda_dac: int | None = None,
+        vddd_dac: int | None = None,
+        limits: Any = None,
+        io_group: int | None = None,
+        progress: Progress = no_progress,
+    ) -> dict[str, Any]:
+        """Ramp the supplies of tiles up, as Operator.power_up() does. `progress(text, done, total)`: send_info."""
+        actions = PowerActions(self._link, self._invalidate, progress, self.dacs)
+        return actions.power_up(tiles, vdda_dac, vddd_dac, limits, io_group)
 
     def load(self, filepath: Any = None) -> None:
         raise RequestError("no io file is loaded in a routine: the producer's options name the boards")

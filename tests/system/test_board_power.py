@@ -14,6 +14,19 @@ from larpixdaq.errors import RequestError
 LOW = {"vdda_dac": 10_000, "vddd_dac": 8_000}
 
 
+ROUTINE = """
+from larpixdaq.routines import Routine
+
+
+def _up(controller, send_data, send_info):
+    limits = {"vdda_ma": 150}
+    return controller, controller.io.power_up(0, 10_000, 8_000, limits, io_group=1, progress=send_info)
+
+
+registration = {"up": Routine("up", _up, [])}
+"""
+
+
 def messages(file):
     """Return the INFO messages of a file as one text."""
     with h5py.File(file) as opened:
@@ -23,7 +36,9 @@ def messages(file):
 def test_a_tile_that_draws_too_much_is_off_and_the_report_is_in_the_file(tmp_path):
     chips = ("--chips", "200", "--asic", "2b", "--revision", "4", "--slow-read", "0")
     with emulator(*chips, "--overload", "1:900") as board, system(tmp_path) as started:
-        operator = started.start("--pacman", *board.addresses, "--asic", "2b", "--pacman-revision", "4")
+        (tmp_path / "up.py").write_text(ROUTINE)
+        source = ("--pacman", *board.addresses, "--asic", "2b", "--pacman-revision", "4")
+        operator = started.start(*source, "--routines", tmp_path)
         report = operator.power_up(tiles=[0, 1], **LOW, limits={"vdda_ma": 150}).result(LIMIT)
         good, bad = report["tiles"]
         assert not report["ok"]
@@ -32,6 +47,8 @@ def test_a_tile_that_draws_too_much_is_off_and_the_report_is_in_the_file(tmp_pat
         assert "tile 1: vdda_ma is 1" in bad["fault"]
         assert "above its limit of 150; the tile was switched off" in bad["fault"]
         assert "vdda_ma ?" in operator.power_up(tiles=0, **LOW).readable(LIMIT)
+        operator.power(False).result(LIMIT)
+        assert operator.run_routine("up").result(LIMIT)["ok"]
 
         operator.prepare_run().result(LIMIT)
         operator.begin_run().result(LIMIT)
