@@ -35,6 +35,7 @@ from larpixdaq.hardware.pacman_registers import (
 )
 from larpixdaq.hardware.power import SETTLING, Dacs, Progress, TilePower, no_progress
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
+from larpixdaq.protocol import hardware
 from larpixdaq.schema import Asic
 
 #: Clock ticks per bit of a UART at power-up: 5 Mb/s.
@@ -278,7 +279,10 @@ class BoardOrders:
         def sent(tile: int, supply: str, dac: int) -> None:
             self.dacs[io_group, tile, supply] = dac
 
-        return TilePower(partial(self.values, io_group), self.names[io_group], revision, progress, sent)
+        def ramping(tile: int, dacs: list[int]) -> None:
+            self._link.send(hardware.Ramp(io_group, tile, dacs))
+
+        return TilePower(partial(self.values, io_group), self.names[io_group], revision, progress, sent, ramping)
 
     def enable_tile(self, tile_indices: Any = None, io_group: int | None = None) -> Any:
         """Switch tiles on (index, list of indices from 0, None: all). Returns the mask of the tiles that are on."""

@@ -74,8 +74,13 @@ class TilePower:
         revision: PacmanRevision | None,
         progress: Progress,
         sent: Callable[[int, str, int], None] = lambda tile, supply, dac: None,
+        ramping: Callable[[int, list[int]], None] = lambda tile, dacs: None,
     ) -> None:
-        """`exchange(orders, seconds=0.0)`: BoardOrders.values() of this board. `sent` is called with DAC settings."""
+        """`exchange(orders, seconds=0.0)`: BoardOrders.values() of this board. `sent` is called with DAC settings.
+
+        `ramping` is called with a tile and the addresses of its DACs before its ramp, and with -1 after it.
+        """
+        self._ramping = ramping
         self._exchange = exchange
         self._name = name
         self._revision = revision
@@ -114,6 +119,8 @@ class TilePower:
             if on >> tile & 1 and not dacs:
                 continue
             self._progress(f"tile {tile} is switched on", done, len(selected))
+            if ramp:
+                self._ramping(tile, self._dac_addresses(tile))
             try:
                 self._set_all(tile, dacs, ramp=ramp)
                 self._confirm(tile, dacs)
@@ -123,6 +130,9 @@ class TilePower:
                 except BoardError as second_error:
                     raise BoardError(f"{error}; and the tile cannot be switched off: {second_error}") from None
                 raise BoardError(f"{error}; the tile was switched off") from None
+            finally:
+                if ramp:
+                    self._ramping(-1, [])
 
     def ramp_up(self, tile: int, dacs: dict[str, int], limits: Limits) -> dict[str, float]:
         """Switch a tile on with its supplies at 0 and raise them to `dacs`, checked on the way. Returns its monitors.
@@ -130,6 +140,7 @@ class TilePower:
         RampError if a monitor leaves its limits (the low one counts at the end), if a voltage does not fit its DAC
         setting, or if the tile is off again. The tile is then switched off, with its DACs at 0, which the error says.
         """
+        self._ramping(tile, self._dac_addresses(tile))
         try:
             for supply in _AT_ONCE:
                 self.set_dac(supply, tile, 0)
@@ -151,6 +162,11 @@ class TilePower:
         except BoardError as error:
             off, state = self._shut_down(tile)
             raise RampError(f"{error}; {state}", off=off) from None
+        finally:
+            self._ramping(-1, [])
+
+    def _dac_addresses(self, tile: int) -> list[int]:
+        return [registers.dac.address(tile) for registers in self.known_revision.supplies.values()]
 
     def _shut_down(self, tile: int) -> tuple[bool, str]:
         """Switch a tile off and set its DACs to 0. Tries again for a while, because the board may be restarting.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from larpixdaq.control.node import Call
 from larpixdaq.errors import ConfigError, ProtocolError, cause
+from larpixdaq.hardware.pacman_registers import TILES, read, values_in, write
 from larpixdaq.protocol import hardware
 from larpixdaq.readout.command_queue import CommandQueue
 from larpixdaq.readout.configuration_tracker import ConfigurationTracker
@@ -83,6 +84,7 @@ class Child:
         #: The last report on the supplies of each board, by io_group: texts for the run's file.
         self.power_reports: dict[int, str] = {}
         self._new_power: set[int] = set()
+        self._ramps: dict[int, hardware.Ramp] = {}  # by io_group, while the supplies of a tile rise
 
     def fileno(self) -> int:
         return self._process.fileno()
@@ -276,6 +278,10 @@ class Child:
         elif isinstance(message, hardware.PowerReport):
             self.power_reports[message.io_group] = message.text
             self._new_power.add(message.io_group)
+        elif isinstance(message, hardware.Ramp):
+            self._ramps.pop(message.io_group, None)
+            if message.tile >= 0:
+                self._ramps[message.io_group] = message
         elif isinstance(message, hardware.SendWords):
             done = partial(self._answer_command, message.command)
             self._commands.send_words(message.io_group, message.io_channels, message.words, done)
@@ -331,12 +337,38 @@ class Child:
         self.listening = hardware.NO_ROWS
         self._left_out = 0
         self._commands.clear()
+        ramps, self._ramps = self._ramps, {}
+        for ramp in ramps.values():
+            self._switch_off(ramp)
         detail = reason or _status(status, running.time_limit if running is not None else None)
         if not reason:
             _log.error("process for routines: %s; the end of its output: %s", detail, self._output.tail() or "none")
         for request in list(self._calls):
             what = running.title if running is not None and running.request == request else "list of routines"
-            self._end_call(request).fail(f"{what}: {detail}")
+            off = "".join(f"; tile {r.tile} of io_group {r.io_group} is being switched off" for r in ramps.values())
+            self._end_call(request).fail(f"{what}: {detail}{off}")
+
+    def _switch_off(self, ramp: hardware.Ramp) -> None:
+        """Switch off a tile whose ramp the child has not ended, and set its DACs to 0."""
+        tile = f"io_group {ramp.io_group}: tile {ramp.tile}, whose supplies were being ramped up"
+
+        def have_read(body: bytes, error: str) -> None:
+            if error:
+                _log.error("%s, cannot be switched off: %s", tile, error)
+                return
+            (enabled,) = values_in(body)
+            off = write(TILES, enabled & ~(1 << ramp.tile))
+            orders = b"".join((off, *(write(address, 0) for address in ramp.dacs)))
+            self._commands.send_order(ramp.io_group, orders, have_written)
+
+        def have_written(body: bytes, error: str) -> None:
+            if error:
+                _log.error("%s, may still be on: %s", tile, error)
+            else:
+                _log.warning("%s, was switched off, because its request has ended", tile)
+
+        self._tracker.invalidate([ramp.io_group])
+        self._commands.send_order(ramp.io_group, read(TILES), have_read)
 
 
 class RoutineOutput:

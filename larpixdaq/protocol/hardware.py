@@ -174,6 +174,14 @@ class PowerReport(msgspec.Struct, array_like=True, tag=20, frozen=True):
     text: Annotated[str, msgspec.Meta(max_length=20_000)]
 
 
+class Ramp(msgspec.Struct, array_like=True, tag=21, frozen=True):
+    """The supplies of a tile are being ramped up: to be switched off if the child dies meanwhile."""
+
+    io_group: int
+    tile: int  # from 0; -1: the ramp has ended
+    dacs: list[int] = []  # addresses of the tile's DACs
+
+
 def config_answers(rows: NDArray[Any]) -> NDArray[Any]:
     """Return the configuration answers of chips among these rows."""
     found = rows[types_of(rows) == PacketType.CONFIG_READ]
@@ -187,7 +195,7 @@ FromParent = Request | Setup | ListenedRows | CommandDone
 
 Answer = RoutineList | Progress | Result | ActionFailed
 
-FromChild = Answer | SendWords | BoardOrder | Listen | Remember | Invalidate | PowerReport
+FromChild = Answer | SendWords | BoardOrder | Listen | Remember | Invalidate | PowerReport | Ramp
 
 
 def _plain(value: Any) -> Any:

@@ -92,6 +92,23 @@ def test_a_board_that_restarts_in_the_middle_of_a_ramp_leaves_a_known_state(tmp_
         assert operator.power_up(tiles=0, **LOW).result(LIMIT)["ok"], "the board works again"
 
 
+def test_a_ramp_that_is_aborted_leaves_its_tile_off(tmp_path):
+    chips = ("--chips", "100", "--asic", "2b", "--revision", "4", "--slow-read", "0")
+    with emulator(*chips) as board, system(tmp_path) as started:
+        operator = started.start("--pacman", *board.addresses, "--asic", "2b", "--pacman-revision", "4")
+        ramp = operator.power_up(tiles=0, vdda_dac=60_000, vddd_dac=60_000)
+        for response in ramp:
+            if "tile 0: vdda DAC 2000" in response.text:
+                break
+        operator.abort_routine().result(LIMIT)
+        with pytest.raises(RequestError, match="aborted by the operator; tile 0 of io_group 1 is being switched off"):
+            ramp.result(LIMIT)
+        (status,) = operator.board_status().result(LIMIT)  # after the orders that switch the tile off
+        assert status["tiles"] == []
+        dacs = operator.read_board(["tiles", "tile_0_vdda_mv_raw"]).result(LIMIT)
+        assert [row["value"] for row in dacs] == [0, 0]
+
+
 def test_boards_with_chips_of_two_generations_are_read_by_two_producers_in_one_run(tmp_path):
     """As docs/operate.md says: v2a tiles on a board of revision 3, v2b tiles on one of revision 4."""
     network = tmp_path / "2.json", tmp_path / "2b.json"
