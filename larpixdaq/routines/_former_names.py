@@ -19,7 +19,6 @@ _TODAY: Final = {
     "read_channel_pedestal": "the routine pedestal of larpix-daq",
     "load_daisy_chain": "controller.load(file), with a network file",
     "larpix.quickstart": "Operator.load_board(file) and the routine quickstart of larpix-daq",
-    "larpix.timestamp": "packet.timestamp, in ticks of 0.1 us",
     "larpix.serial_helpers": "larpixdaq.operator for runs, and their files",
     # extract() of larpix-control 2 took the names of Packet.export()
     "adc_counts": "dataword",
@@ -29,7 +28,6 @@ _TODAY: Final = {
     "type_str": "packet_type (0 data, 1 test, 2 configuration write, 3 configuration read)",
     "register": "register_address",
     "value": "register_data",
-    "counter": "timestamp",
     "valid_parity": "packet.has_valid_parity()",
     "parity_bit_value": "parity",
     "fifo_half": "local_fifo_half (v1: fifo_half_flag)",
@@ -67,14 +65,15 @@ def advice(error: BaseException) -> str:
 
 
 def _missing_name(error: BaseException) -> str:
+    text = error.args[0] if error.args and isinstance(error.args[0], str) else ""  # str(error) may raise anything
     if isinstance(error, AttributeError) and error.name:
         owner = error.obj if isinstance(error.obj, type) else type(error.obj)
         return error.name if any(base.__module__.partition(".")[0] == "larpix" for base in owner.__mro__) else ""
     if isinstance(error, AttributeError):
-        name, unknown, _ = str(error).partition(_UNKNOWN_REGISTER)
+        name, unknown, _ = text.partition(_UNKNOWN_REGISTER)
         return name if unknown else ""
     if isinstance(error, ImportError):
-        quoted = re.search(r"'([\w.]+)'", str(error))
+        quoted = re.search(r"'([\w.]+)'", text)
         return quoted[1] if quoted else ""
     return ""
 
