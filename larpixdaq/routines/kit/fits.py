@@ -17,8 +17,8 @@ Values = NDArray[np.float64]
 _STRAY: Final = 1e-4
 #: Fractions of pulses that a complete s-curve reaches at its ends.
 _BOTTOM, _TOP = 0.1, 0.9
-#: Maximum chi² per degree of freedom of data that a fit describes.
-_MOST_CHI2: Final = 5.0
+#: Standard deviations by which the chi² of data that a fit describes may exceed the number of degrees of freedom.
+_MOST_CHI2: Final = 7.0
 #: Steps of a fit. It is given up if the last step is still longer than this fraction of the width.
 _STEPS, _CONVERGED = 60, 0.01
 
@@ -97,7 +97,7 @@ def _fit(x: Values, k: Values, n: Values, result: SCurves, rows: NDArray[np.intp
     freedom = np.maximum(used.sum(1) - 2, 1)
     with np.errstate(invalid="ignore"):
         errors = width * np.sqrt(c / determinant), width * np.sqrt(a / determinant)
-    good = (np.abs(step).max(0) < _CONVERGED) & (chi2 / freedom < _MOST_CHI2)
+    good = (np.abs(step).max(0) < _CONVERGED) & (chi2 < freedom + _MOST_CHI2 * np.sqrt(2 * freedom))
     known = good & (errors[1] < width / 2)
     for values, fitted, valid in (
         (result.midpoint, middle, good),
