@@ -15,7 +15,7 @@ from rich.console import Console
 
 from larpixdaq import config
 from larpixdaq.cli.system import plain_console
-from larpixdaq.errors import FileError, LarpixDaqError, UsageError, printable
+from larpixdaq.errors import FileError, LarpixDaqError, NoCore, UsageError, printable
 from larpixdaq.operator import Operator, Request
 from larpixdaq.runtime.units import parse_positive, parse_whole
 
@@ -23,6 +23,8 @@ from larpixdaq.runtime.units import parse_positive, parse_whole
 _STEP_LIMIT: Final = 600.0
 _LIMIT: Final = 4 * 3600.0
 _ABORT_LIMIT: Final = 30.0
+#: Maximum seconds without a sign of the core.
+_NO_CORE_LIMIT: Final = 60.0
 
 
 def add_commands(commands: Any) -> None:
@@ -138,14 +140,21 @@ class _Tile:
         return result
 
     def _wait(self, name: str, request: Request, limit: float = _STEP_LIMIT) -> Any:
+        """Show the progress of a request, and return its result. A core that is busy for a while is waited for."""
         step = ""
-        for response in request:
-            if response.kind == "progress" and response.text:
-                new = response.text.split(":")[0]
-                if name == "qc" and new != step:
-                    step = new
-                    self._say(step)
-        return request.result(limit)
+        heard = time.monotonic()
+        while True:
+            try:
+                for response in request:
+                    heard = time.monotonic()
+                    new = (response.text or "").split(":")[0]
+                    if name == "qc" and response.kind == "progress" and new and new != step:
+                        step = new
+                        self._say(step)
+                return request.result(limit)
+            except NoCore:  # the producer goes on meanwhile
+                if time.monotonic() > heard + _NO_CORE_LIMIT:
+                    raise
 
     def _say(self, text: str) -> None:
         self._console.print(printable(f"{time.monotonic() - self._begin:6.1f} s  {text}"))

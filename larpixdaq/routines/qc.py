@@ -30,6 +30,8 @@ _CALIBRATED: Final = ("threshold", "trim", "mask", "periodic_reset")
 _NEED_THRESHOLDS: Final = ("test_pulse", "gain", "leakage")
 #: Steps of the global threshold above the calibrated ones for steps in which hits of noise would be in the way.
 _RAISE: Final = 3
+#: Maximum times that the registers are written and read at the end, because a board may be busy.
+_TRIES: Final = 3
 #: Maximum entries of a list in the report; the numbers have all.
 _LISTED: Final = 200
 
@@ -236,25 +238,33 @@ class _QualityControl:
 
     def _leave(self, before: dict[str, Any], applied: bool) -> str:
         """Restore the registers, or mask the channels to disable, and read everything back. Returns the state."""
-        try:
-            chips = Chips(self._controller, self._all.keys)
-            if applied:
-                chips.set(mask=chips.get("mask").astype(np.bool_) | self._off)
-            else:
-                chips.set(**before)
-            different = {key: found for key, found in chips.different().items() if key not in self._silent}
-        except LarpixDaqError as error:
-            return f"NOT KNOWN, because the chips could not be written and read: {error}"
+        error: LarpixDaqError | None = None
+        for _ in range(_TRIES):
+            try:
+                chips = Chips(self._controller, self._all.keys)
+                if applied:
+                    chips.set(mask=chips.get("mask").astype(np.bool_) | self._off)
+                else:
+                    chips.set(**before)
+                if error is not None:  # the words of the last try may have been lost
+                    chips.write()
+                different = {key: found for key, found in chips.different().items() if key not in self._silent}
+                break
+            except LarpixDaqError as failure:
+                error = failure
+        else:
+            text = f"NOT KNOWN, because the chips could not be written and read: {error}"
+            self._not_measured.append(f"registers at the end: {text}")
+            return text
         state = "calibrated" if applied else "as before"
         answering = len(self._all) - len(self._silent)
-        if different:
-            known = set(self.results["registers"]["different"])
-            new = [key for key in different if key not in known]
-            state += f", but {len(different)} of {answering} chips have other registers: {_some(list(different))}"
-            if new:
-                self._not_measured.append(f"registers that differ at the end and not at the begin: {_some(new)}")
-            return state
-        return f"{state}: all registers of {answering} chips were read back as they were sent"
+        if not different:
+            return f"{state}: all registers of {answering} chips were read back as they were sent"
+        known = self.results["registers"]["different"] if "registers" in self.results else {}
+        new = [key for key in different if key not in known]
+        if new:
+            self._not_measured.append(f"registers that differ at the end and not at the begin: {_some(new)}")
+        return f"{state}, but {len(different)} of {answering} chips have other registers: {_some(list(different))}"
 
     def _limits(self, most_bad: float, most_disabled: float, least_within: float) -> list[dict[str, Any]]:
         """Return the limits of all steps with their verdicts."""
