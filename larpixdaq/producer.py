@@ -236,7 +236,8 @@ class Producer:
     def _sleep(self, rest: int, poller: zmq.Poller) -> None:
         """Wait for `rest` milliseconds, or a request.
 
-        Nothing is held at the end of a run, when nothing may be late, and at high rates, which keep libzmq's threads busy.
+        Nothing is held at the end of a run, when nothing may be late, and at high rates, which keep libzmq's threads
+        busy.
         """
         self._rested = True
         if self.ending is not None or not self._holds:
