@@ -6,19 +6,16 @@ values. A RequestError has one line, which names the chip, register or board.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq.errors import RequestError, misuse
+from larpixdaq.errors import RequestError
 from larpixdaq.hardware import network_bringup
 from larpixdaq.hardware.board_commands import NO_REVISION, BoardOrders
-from larpixdaq.hardware.board_setup import RegisterActions
 from larpixdaq.hardware.chip_state import ChipState, short_list
-from larpixdaq.hardware.discovery_action import DiscoveryActions
 from larpixdaq.hardware.pacman_registers import (
     CLOCK,
     CLOCK_CONTROL,
@@ -35,7 +32,7 @@ from larpixdaq.hardware.pacman_registers import (
 )
 from larpixdaq.hardware.pixel_layout import LoadedLayout
 from larpixdaq.hardware.power import Dacs, Progress
-from larpixdaq.hardware.power_up import PowerActions, power_report, report_text
+from larpixdaq.hardware.power_up import power_report, report_text
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.hardware.register_io import RegisterAnswers, RegisterExchange
 from larpixdaq.hardware.routine_arguments import check_number as check_number
@@ -57,28 +54,6 @@ _MOST_LAYOUT_CHANNELS: Final = 500_000
 LISTED: Final = 10_000
 #: Maximum times that enforce_configuration writes registers that differ.
 _TRIES: Final = 3
-
-
-def act(chips: ChipState, action: str, params: dict[str, Any], progress: Progress) -> Any:
-    """Carry out an action, one of constants.HARDWARE_ACTIONS, with these arguments by name. Returns its result."""
-    from larpixdaq.hardware.snapshots import SnapshotActions  # here, because it builds on these classes
-
-    groups = (
-        ChipActions(chips, progress),
-        SnapshotActions(chips, progress),
-        BoardActions(chips.link, chips.invalidate, progress, chips.dacs),
-        RegisterActions(chips.link, chips.invalidate, chips.dacs),
-        PowerActions(chips.link, chips.invalidate, progress, chips.dacs),
-        LayoutActions(chips.layout),
-        DiscoveryActions(chips, progress),
-    )
-    method = next(getattr(actions, action) for actions in groups if hasattr(actions, action))
-    signature = inspect.signature(method)
-    try:
-        bound = signature.bind(**params)
-    except TypeError as error:
-        raise misuse(action, error, signature) from None
-    return method(*bound.args, **bound.kwargs)
 
 
 class BoardActions:

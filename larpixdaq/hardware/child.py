@@ -116,7 +116,7 @@ class RequestWorker:
             self._link.send(state)
 
     def _act(self, request: hardware.Action, reports: _Reports) -> hardware.Result:
-        from larpixdaq.hardware.actions import act
+        from larpixdaq.hardware.act import act
 
         value = act(self._chip_state(), request.action, request.params, reports.send_info)
         return hardware.Result(request.request, value, reports.left_out())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from larpixdaq.errors import RequestError
+from larpixdaq.hardware.actions import BoardActions
 from larpixdaq.hardware.chip_state import ChipState
 from larpixdaq.hardware.network_discovery import NetworkDiscovery, Tile
 from larpixdaq.hardware.pacman_registers import FIRMWARE, MAP_VERSION, TILES, read, tile_mask, values_in
@@ -28,8 +29,6 @@ class DiscoveryActions:
     """The action that finds the chips of tiles, and writes their networks as a board file."""
 
     def __init__(self, chips: ChipState, progress: Progress) -> None:
-        from larpixdaq.hardware.actions import BoardActions  # here, because it imports this module
-
         boards = BoardActions(chips.link, chips.invalidate, progress, chips.dacs)
         self._chips, self._orders, self._reset, self._progress = chips, boards.orders, boards.reset, progress
 
