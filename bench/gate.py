@@ -1,4 +1,4 @@
-"""Regression gate: compare the speed of each compiled kernel with its speed in gate.json.
+"""Regression gate: compare the speed of each compiled kernel, and of the producer's loop, with its speed in gate.json.
 
     python bench/gate.py [--json] [--update]
 
@@ -10,22 +10,26 @@ processors a kernel must reach ELSEWHERE of its lowest figure.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zmq
 from common import argument_parser
+from stream_harness import STORAGE, Line
 from test_kernels import messages, pacman_decoding, rows, serial_decoding
 
 from larpixdaq import constants
-from larpixdaq._native import board_emulator, hdf5_chunks, monitor_counters, word_codec
+from larpixdaq._native import board_emulator, hdf5_chunks, monitor_counters, ring_buffer, word_codec
+from larpixdaq.protocol.stream import STREAM_VERSION, Ack, Hello, Maps, pack
 from larpixdaq.schema import Asic
 
 FIGURES = Path(__file__).with_name("gate.json")
@@ -36,6 +40,8 @@ ROWS = 4 * constants.BLOCK_ROWS
 ROUNDS = 25
 #: Maximum number of repeated measurements of a slow kernel, because other processes may have disturbed it.
 REPEATS = 3
+#: Maximum seconds for the publisher to send its blocks.
+LIMIT = 20.0
 
 Call = Callable[[], Any]
 
@@ -55,6 +61,61 @@ def copy(folder: Path) -> Call:
             function(words.ctypes.data, out.ctypes.data, constants.BLOCK_ROWS)
 
     return run
+
+
+def closed_blocks() -> Call:
+    """Return a call that makes and closes blocks of 64 rows of eight io_groups, as a producer does at low rates."""
+    ring = ring_buffer.Ring(bytearray(ring_buffer.SMALLEST), producer="board", epoch=1)
+    ring.begin(1, 2, 36, [STORAGE], range(9))
+
+    def run() -> None:
+        for _ in range(ROWS // 64):
+            ring.rows(0, constants.BLOCK_ROWS)
+            ring.publish(64)
+            ring.close_block(0, 0)
+        ring.free_to(ring.head)
+
+    return run
+
+
+@contextlib.contextmanager
+def publishing(folder: Path) -> Iterator[Call]:
+    """Give a call that sends blocks of 1,024 rows to a storage that reads the ring, with 15 turns without news after
+    each, until all are acknowledged and freed."""
+    with contextlib.closing(Line(folder=folder)) as line:
+        line.begin()
+        recorder, publisher = line.recorder, line.publisher
+        storage = line.context.socket(zmq.DEALER)
+        storage.rcvhwm = 0
+        storage.connect(line.address)
+        line.peers.append(storage)
+        storage.send(pack(Hello(STREAM_VERSION, STORAGE, "session", "all", [])))
+        storage.send(pack(Maps(publisher.own.epoch)))
+
+        def until(condition: Callable[[], bool]) -> None:
+            deadline = time.monotonic() + LIMIT
+            while not condition():
+                if time.monotonic() > deadline:
+                    raise SystemExit(f"the publisher has not served its storage for {LIMIT:g} s")
+                publisher.socket.poll(1)
+                publisher.work()
+
+        until(lambda: any(subscriber.maps for subscriber in publisher.subscribers.values()))
+        storage.recv()  # the WELCOME
+
+        def run() -> None:
+            for _ in range(ROWS // 1024):
+                recorder.rows()
+                recorder.publish(1024)
+                recorder.close_block()
+                for _ in range(16):
+                    publisher.work()
+            for _ in range(ROWS // 1024):
+                storage.recv_multipart()
+            storage.send(pack(Ack(1, publisher.own.epoch, line.ring.sequence)))
+            until(lambda: publisher.own.tail == publisher.own.head)
+
+        yield run
 
 
 def kernels() -> dict[str, Call]:
@@ -77,6 +138,7 @@ def kernels() -> dict[str, Call]:
         "shuffled and deflated": lambda: packer.pack(data),
         "emulated board": lambda: board.fill(ROWS, 1000),
         "words of an emulated board counted": lambda: board_emulator.count_words(sent, spans),
+        "blocks of 64 rows closed": closed_blocks(),
     }
 
 
@@ -113,9 +175,9 @@ def main() -> int:
     known: dict[str, dict[str, float]] = json.loads(FIGURES.read_text())
     figures = {} if options.update else minimum(known, processor())
     measured: dict[str, tuple[float, float]] = {}
-    with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder, publishing(Path(folder)) as publisher:
         reference = copy(Path(folder))
-        for name, kernel in kernels().items():
+        for name, kernel in (kernels() | {"blocks of 1,024 rows sent": publisher}).items():
             if options.update:
                 measured[name] = sorted(ratio(kernel, reference) for _ in range(5))[2]
                 continue

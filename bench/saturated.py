@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from emulated_board import Emulator
 from loss_accounting import parts_of, tally
 from processes import until
 from system import System, system
+
+from larpixdaq.runtime.units import parse_size
 
 
 def measure(
@@ -93,7 +96,16 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-", dir=options.directory) as folder:
             with system(Path(folder)) as processes:
                 line.append(measure(processes, options.boards, options.words, options.seconds, options.ring))
-            null.append(null_line.measure(options.boards, options.words, options.seconds, Path(folder)))
+            null.append(
+                null_line.measure(
+                    options.boards,
+                    options.words,
+                    options.seconds,
+                    Path(folder),
+                    ring=parse_size(options.ring),
+                    bytes_a_row=line[-1]["bytes_a_row"],
+                )
+            )
         if not options.json:
             show(line[-1], null[-1])
     rates = [statistics.median(result["rate"] for result in results) for results in (line, null)]
@@ -107,12 +119,15 @@ def main() -> int:
 
 
 def show(result: dict[str, Any], null: dict[str, Any]) -> None:
-    cores = ", ".join(f"{key} {value:.2f}" for key, value in result["cores"].items())
+    cores, null_cores = (
+        ", ".join(f"{key} {value:.2f}" for key, value in each["cores"].items()) for each in (result, null)
+    )
     print(
         f"{result['rate'] / 1e6:.2f} M/s, {result['sent']:,} sent, {result['lost']} lost, {result['condition']}, the "
         f"monitor saw {result['seen']:.0%}, {result['bytes_a_row']} bytes a row; "
         f"null pipeline {null['rate'] / 1e6:.2f} M/s\n"
-        f"  cores: {cores}",
+        f"  cores: {cores}\n"
+        f"  null pipeline: {null_cores}; all {sum(null['cores'].values()):.2f} of {os.cpu_count()}",
         flush=True,
     )
     for problem in result["problems"]:
