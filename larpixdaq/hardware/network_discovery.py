@@ -147,6 +147,8 @@ class Tile:
         self.excluded: set[int] = set()
         #: Chips that have another id than that of their position, and this id.
         self.wrong_ids: dict[int, int] = {}
+        #: Chips without a link that works both ways: the neighbour that they hear, and the neighbour that hears them.
+        self.detours: dict[int, Wire] = {}
         self._bad: dict[str, None] = {}
         #: Wires between chips of the network that carry no words, and wires to and from chips that have no way back.
         self.broken: list[Wire] = []
@@ -191,18 +193,23 @@ class Tile:
         self.tries.clear()
         self.recovered.clear()
         self.wrong_ids.clear()
+        self.detours.clear()
         self.broken, self.one_way = [], []
 
     def faults(self) -> list[str]:
         """Return all faults, one line each."""
         lines = [*self._bad, *([self.error] if self.error else [])]
         lines += [f"chip {chip} keeps id {wrong}: not used" for chip, wrong in self.wrong_ids.items()]
+        lines += [
+            f"chip {chip} hears {a} and is heard by {b}, but no link of it works both ways: not used"
+            for chip, (a, b) in self.detours.items()
+        ]
         on = {chip.io_channel for chip in self.roots}
         for io_channel, root in zip(self.io_channels, self.shape.roots, strict=False):
             if io_channel not in on:
                 lines.append(f"io_channel {io_channel}: root chip {root} does not answer")
-        heard = {chip_id for wire in self.one_way for chip_id in wire}
-        silent = [chip for chip in self.missing() if chip not in heard | self.excluded | self.wrong_ids.keys()]
+        named = self.excluded | self.wrong_ids.keys() | self.detours.keys()
+        silent = [chip for chip in self.missing() if chip not in named]
         if silent:
             lines.append(f"no answer from chip{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}")
         lines += [
@@ -385,6 +392,8 @@ class NetworkDiscovery:
             for probe in planned:
                 key = self._key(tile, probe.io_channel, probe.chip_id)
                 right = answers.right(key)
+                if not right and answers.bad[key[:3]] > 1:
+                    self._name_bad_link(tile, probe.link, answers.bad[key[:3]], 0, _READS)
                 if not right:
                     continue
                 chip = Chip(probe.chip_id, probe.io_channel, probe.parent, OPPOSITE[probe.direction])
@@ -522,15 +531,19 @@ class NetworkDiscovery:
                     break
 
     def _close_bad_link(self, tile: Tile, chip: Chip, corrupt: int, right: int) -> None:
-        link = ((-chip.io_channel if chip.parent is None else chip.parent.chip_id), chip.chip_id)
-        wrong = f"{corrupt} wrong" if corrupt else "none wrong"
-        doing = "changes bits" if corrupt else "loses words"
-        tile.fault(f"{tile.link_text(link)} {doing}: {right} of {_MORE_READS} answers were right, {wrong}: not used")
-        tile.bad_links.add(frozenset(link))
+        link = (-chip.io_channel if chip.parent is None else chip.parent.chip_id), chip.chip_id
+        self._name_bad_link(tile, link, corrupt, right, _MORE_READS)
         if chip.children:
             self._restart(tile)
         else:
             tile.drop(chip)
+
+    def _name_bad_link(self, tile: Tile, link: tuple[int, int], corrupt: int, right: int, reads: int) -> None:
+        wrong = f"{corrupt} wrong" if corrupt else "none wrong"
+        doing = "changes bits" if corrupt else "loses words"
+        if frozenset(link) not in tile.bad_links:
+            tile.fault(f"{tile.link_text(link)} {doing}: {right} of {reads} answers were right, {wrong}: not used")
+        tile.bad_links.add(frozenset(link))
 
     # Chips without a link that works both ways.
 
@@ -542,12 +555,27 @@ class NetworkDiscovery:
         plans = {tile: [trials for trials in self._detours(tile) if trials] for tile in self._tiles if not tile.error}
         recovered = False
         while any(plans.values()):
-            now = {tile: [trials.pop(0) for trials in plan] for tile, plan in plans.items() if plan}
+            now = {tile: self._next_detours(tile, plan) for tile, plan in plans.items() if plan}
             recovered |= self._detour_wave(now)
             for tile, plan in plans.items():
-                named = {chip_id for wire in tile.one_way for chip_id in wire} | tile.wrong_ids.keys()
+                named = tile.wrong_ids.keys() | tile.detours.keys()
                 plans[tile] = [trials for trials in plan if trials and trials[0][0] not in named and not tile.error]
         return recovered
+
+    def _next_detours(self, tile: Tile, plan: list[list[tuple[int, int, int]]]) -> list[tuple[int, int, int]]:
+        """Remove and return the next trials: wrong ids of one chip on each io_channel, and one detour of each chip.
+
+        Two chips can have the same wrong id.
+        """
+        trials, io_channels = [], set()
+        for waiting in plan:
+            chip_id, near, far = waiting[0]
+            io_channel = tile.chips[tile.shape.neighbour(chip_id, near)].io_channel
+            if near != far or io_channel not in io_channels:
+                trials.append(waiting.pop(0))
+            if near == far:
+                io_channels.add(io_channel)
+        return trials
 
     def _detours(self, tile: Tile) -> Iterator[list[tuple[int, int, int]]]:
         """Yield the trials for each missing chip: its id, the side that it may hear, the side that may hear it."""
@@ -594,17 +622,17 @@ class NetworkDiscovery:
             answered = [key[2] for key in keys if answers.right(key)]
             if not answered or tile.error:
                 continue
-            a, b = tile.shape.neighbour(chip_id, near), tile.shape.neighbour(chip_id, far)
-            if near != far:
-                tile.one_way += [(a, chip_id), (chip_id, b)]
-                tile.fault(f"chip {chip_id} hears {a} and is heard by {b}, but no link of it works both ways: not used")
-            elif chip_id not in answered:
-                tile.wrong_ids[chip_id] = answered[0]
-            elif not tile.recovered[chip_id]:
+            if chip_id in answered and not tile.recovered[chip_id]:  # it has its id now: try its links once more
                 tile.recovered[chip_id] = 1
                 recovered = True
                 for side in range(4):
                     tile.tries[tile.shape.neighbour(chip_id, side), chip_id, 0] = 0
+            elif near == far:
+                tile.wrong_ids |= {} if chip_id in answered else {chip_id: answered[0]}
+            else:
+                a, b = tile.shape.neighbour(chip_id, near), tile.shape.neighbour(chip_id, far)
+                tile.detours[chip_id] = a, b
+                tile.one_way += [(a, chip_id), (chip_id, b)]
         return recovered
 
     @staticmethod
