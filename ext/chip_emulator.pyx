@@ -43,13 +43,15 @@ cdef class RegisterBank:
     cdef int _count
     cdef int _parity
     cdef bint _magic
+    cdef bint _checks_parity
     cdef readonly uint64_t unheard
     cdef readonly uint64_t refused
     cdef readonly int chip
     cdef readonly int address
     cdef readonly int old_value
 
-    def __init__(self, registers, keep, force, watched, changed, hears, leaves, *, count, v1=False, magic=False):
+    def __init__(self, registers, keep, force, watched, changed, hears, leaves, *, count, v1=False, magic=False,
+                 checks_parity=False):
         self._registers, self._keep, self._force = registers, keep, force
         self._watched, self._changed, self._hears, self._leaves = watched, changed, hears, leaves
         chips = self._registers.shape[0]
@@ -63,7 +65,7 @@ cdef class RegisterBank:
                 raise ValueError(f"{name}: expected shape {expected}, found {shape}")
         if not 1 <= count <= 256:
             raise ValueError(f"count: expected 1 to 256 registers, found {count}")
-        self._count, self._magic = count, magic
+        self._count, self._magic, self._checks_parity = count, magic, checks_parity
         self._parity = 53 if v1 else 63
 
     def serve(self, words, channels, start, answers, answer_channels, made):
@@ -128,7 +130,9 @@ cdef class RegisterBank:
             return False
         # Only v3 chips check the parity: v2 chips accept the wrong parity that larpix-control sends for every other chip_id
         # when it sets up a network.
-        return not self._magic or ((word >> 26) & <uint64_t>0xFFFFFFFF == _MAGIC and odd_parity(word))
+        if self._checks_parity and not odd_parity(word):
+            return False
+        return not self._magic or (word >> 26) & <uint64_t>0xFFFFFFFF == _MAGIC
 
     cdef inline bint _write(self, int chip, uint64_t word) noexcept nogil:
         """Set a register. Returns whether it is watched and has changed."""

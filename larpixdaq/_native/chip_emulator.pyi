@@ -33,7 +33,8 @@ class RegisterBank:
     `hears`: shape (256, 256), i4, the chip that hears a word on [io_channel, chip_id]. `leaves`: shape (chips,), i2,
     the io_channel on which the chip's answers reach the board. `hears` and `leaves` may hold a PathEnd. Addresses from
     `count` on are no registers and read as 0. `v1`: the parity is bit 53, not bit 63. `magic`: chips accept only words
-    with correct parity and the magic number of v3. Caller and kernel both write the arrays in place.
+    with the magic word of v2d and v3. `checks_parity`: chips accept only words with correct parity. Caller and kernel
+    both write the arrays in place.
     """
 
     @property
@@ -41,7 +42,7 @@ class RegisterBank:
         """Number of words that no chip heard."""
     @property
     def refused(self) -> int:
-        """Number of words that no chip accepts: no configuration word, downstream; v3: wrong parity or magic number."""
+        """Number of words that no chip accepts: no configuration word, downstream, or refused as above."""
     @property
     def chip(self) -> int:
         """Chip of the last REGISTER_CHANGED."""
@@ -64,6 +65,7 @@ class RegisterBank:
         count: int,
         v1: bool = False,
         magic: bool = False,
+        checks_parity: bool = False,
     ) -> None: ...
     def serve(
         self,

@@ -115,6 +115,7 @@ class EmulatedChips:
             count=self.map.count,
             v1=asic == "1",
             magic=asic in MAGIC_ASICS,
+            checks_parity=asic == "3",
         )
         #: Tick of the board's clock at which the clock of each chip was 0.
         self.clock_start = np.zeros(n, np.int64)

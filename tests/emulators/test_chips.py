@@ -243,15 +243,19 @@ def test_words_that_chips_refuse(asic):
     plain = word(WRITE, 1, 64, 5)
     magic = plain & (1 << 26) - 1 | 0x89504E47 << 26
     magic |= (magic.bit_count() & 1 ^ 1) << 63
-    for wrong in (plain, magic ^ 1 << 63, magic | 1 << 62, 1 | 1 << 2):
+    for wrong in (plain, magic ^ 1 << 26 ^ 1 << 27, magic | 1 << 62, 1 | 1 << 2, *([magic ^ 1 << 63] * (asic == "3"))):
         sent(v3, (1, wrong))
-    assert v3.counts()["refused"] == 4
+    assert v3.counts()["refused"] == (5 if asic == "3" else 4)
     assert v3.registers[0, 64] == 255
     sent(v3, (1, magic))
     assert v3.registers[0, 64] == 5
-    # v2 chips take a wrong parity: larpix-control sends such words when it sets up a network
+    # v2 and v2d chips take a wrong parity: larpix-control sends such words when it sets up a network
     sent(v2, (1, plain ^ 1 << 63))
     assert v2.registers[0, 64] == 5
+    if asic == "2d":
+        v3.registers[0, 64] = 255
+        sent(v3, (1, magic ^ 1 << 63))
+        assert v3.registers[0, 64] == 5
     sent(v2, (1, word(WRITE, 1, 240, 5)))
     assert not v2.registers[0, 237:].any()
 
