@@ -197,9 +197,9 @@ class Producer:
             ready = {found for found, _ in poller.poll(self.node.wait_ms(self._due()))}
             if requests in ready:
                 self.node.dispatch()
-                if self.node.changes != self._admitted:
-                    self._admitted = self.node.changes
-                    self.publisher.admit(self.node.update)
+            if self.node.changes != self._admitted:  # connect() has changed them, too
+                self._admitted = self.node.changes
+                self.publisher.admit(self.node.update)
             if child in ready:
                 self.child.dispatch()
             if self.commands.busy:  # before the boards are read, so that a word precedes its answer
@@ -236,8 +236,7 @@ class Producer:
     def _sleep(self, rest: int, poller: zmq.Poller) -> None:
         """Wait for `rest` milliseconds, or a request.
 
-        Nothing is held at the end of a run, when nothing may be late, and at high rates, which keep libzmq's threads
-        busy.
+        Nothing is held at the end of a run, when nothing may be late, and at high rates, when libzmq's threads are busy.
         """
         self._rested = True
         if self.ending is not None or not self._holds:
