@@ -236,7 +236,7 @@ class Producer:
     def _sleep(self, rest: int, poller: zmq.Poller) -> None:
         """Wait for `rest` milliseconds, or a request.
 
-        Nothing is held at the end of a run, when nothing may be late, and at high rates, when libzmq's threads are busy.
+        Nothing is held at the end of a run, when nothing may be late, nor at high rates, at which it saves nothing.
         """
         self._rested = True
         if self.ending is not None or not self._holds:
