@@ -237,22 +237,29 @@ class _QualityControl:
         return {key: values[name] for key, values in self.results[step]["chips"].items()}
 
     def _leave(self, before: dict[str, Any], applied: bool) -> str:
-        """Restore the registers, or mask the channels to disable, and read everything back. Returns the state."""
+        """Restore the registers, or mask the channels to disable, and read everything back. Returns the state.
+
+        A step that failed because a board was busy may have left other registers: they are written anew.
+        """
+        known = self.results["registers"]["different"] if "registers" in self.results else {}
         error: LarpixDaqError | None = None
-        for _ in range(_TRIES):
+        different: dict[str, Any] | None = None
+        for attempt in range(_TRIES):
             try:
                 chips = Chips(self._controller, self._all.keys)
                 if applied:
                     chips.set(mask=chips.get("mask").astype(np.bool_) | self._off)
                 else:
                     chips.set(**before)
-                if error is not None:  # the words of the last try may have been lost
+                if attempt:
                     chips.write()
                 different = {key: found for key, found in chips.different().items() if key not in self._silent}
-                break
             except LarpixDaqError as failure:
                 error = failure
-        else:
+                continue
+            if set(different) <= set(known):
+                break
+        if different is None:
             text = f"NOT KNOWN, because the chips could not be written and read: {error}"
             self._not_measured.append(f"registers at the end: {text}")
             return text
@@ -260,7 +267,6 @@ class _QualityControl:
         answering = len(self._all) - len(self._silent)
         if not different:
             return f"{state}: all registers of {answering} chips were read back as they were sent"
-        known = self.results["registers"]["different"] if "registers" in self.results else {}
         new = [key for key in different if key not in known]
         if new:
             self._not_measured.append(f"registers that differ at the end and not at the begin: {_some(new)}")
