@@ -30,6 +30,7 @@ from larpixdaq import schema
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import run_summary
 from larpixdaq.hdf5.board_clocks import BoardClocks, Series
+from larpixdaq.hdf5.chunk_writer import MOST
 from larpixdaq.hdf5.run_summary import run_files, summarise
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.protocol import stream
@@ -170,24 +171,24 @@ def test_parts_of_a_run(tmp_path):
 def test_a_growing_file_is_running(tmp_path):
     file, feed = RunFile(tmp_path, run_info()), Feed()
     rng = np.random.default_rng(3)
-    for i in range(5):
+    for i in range(MOST + 1):
         file.add(*timed(*feed.block(random_rows(rng, 16_384)), i, i + 1))
     growing = file.path
     summary = summarise(growing)
     assert summary.condition == "RUNNING"
-    assert 0 < summary.rows_read == summary.rows < 5 * 16_384
+    assert 0 < summary.rows_read == summary.rows < (MOST + 1) * 16_384
     assert summary.losses == []
     file.end(feed.end())
     file.close()
     assert not growing.exists()
     closed = summarise(growing)  # by the name that it had when somebody looked
     assert closed.condition == "COMPLETE"
-    assert closed.rows == 5 * 16_384
+    assert closed.rows == (MOST + 1) * 16_384
 
 
 def test_a_part_of_a_dead_writer(tmp_path):
     file, feed = RunFile(tmp_path, run_info()), Feed()
-    for i in range(5):
+    for i in range(MOST + 1):
         file.add(*timed(*feed.block(random_rows(np.random.default_rng(3), 16_384)), i, i + 1))
     file.abandon()
     summary = summarise(file.path)

@@ -10,6 +10,7 @@ from file_builder import Feed, random_rows, run_info
 
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import repair
+from larpixdaq.hdf5.chunk_writer import LEAST, MOST
 from larpixdaq.hdf5.writer import RunFile
 
 
@@ -40,7 +41,7 @@ def left(tmp_path):
     """Make the part of a killed writer, which is longer than its superblock says."""
     file = RunFile(tmp_path, run_info())
     feed = Feed()
-    for _ in range(5):
+    for _ in range(MOST + 1):
         file.add(*feed.block(random_rows(np.random.default_rng(1), 16_384)))
     copy = tmp_path / "left.h5"
     copy.write_bytes(file.path.read_bytes())
@@ -58,7 +59,7 @@ def test_a_repaired_file_opens_without_swmr(left):
     assert (found.flags, found.end) == (0, left.stat().st_size)
     assert left.read_bytes()[repair.SIZE :] == before[repair.SIZE :]
     with h5py.File(left) as file:
-        assert file["packets"].shape == (65_536,)
+        assert file["packets"].shape[0] >= LEAST * 16_384
     repaired = left.read_bytes()
     repair.repair_superblock(left)
     assert left.read_bytes() == repaired

@@ -14,6 +14,10 @@ from system import rows_of
 from larpixdaq.constants import QUERIES, RUN_ACTIONS
 from larpixdaq.errors import ControlHeld, ProtocolError, RequestError
 from larpixdaq.hardware.actions import BoardActions, ChipActions, LayoutActions
+from larpixdaq.hardware.board_setup import RegisterActions
+from larpixdaq.hardware.discovery_action import DiscoveryActions
+from larpixdaq.hardware.power_up import PowerActions
+from larpixdaq.hardware.snapshots import SnapshotActions
 from larpixdaq.hardware.supervisor import Child
 from larpixdaq.operator import Operator
 
@@ -112,7 +116,10 @@ NEEDED = {"power": {"on": True}, "set_uart_clock": {"ratio": 2}, "run_routine": 
 
 
 def parameters(action):
-    kinds = BoardActions, ChipActions, LayoutActions, Child
+    kinds = (
+        *(BoardActions, ChipActions, LayoutActions, SnapshotActions),
+        *(RegisterActions, PowerActions, DiscoveryActions, Child),
+    )
     method = next(getattr(kind, action) for kind in kinds if hasattr(kind, action))
     return [name for name in inspect.signature(method).parameters if name not in ("self", "call")]
 

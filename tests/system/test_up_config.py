@@ -131,7 +131,7 @@ def test_processes_come_back_and_the_run_is_complete(made: Detector) -> None:
             sent = boards.finish()["sent"]
             ended = operator.end_run().result(LIMIT)
     assert ended["condition"].startswith("COMPLETE")
-    assert all(verify(Path(file)).ok for file in ended["files"])
+    assert [verify(Path(file)).findings for file in ended["files"]] == [[] for _ in ended["files"]]
     assert ended["stored"] > sum(counts["words"] for counts in sent.values()) / 2
     assert (
         "Offline storage was killed by SIGKILL: without a word; it is started again now"
@@ -322,7 +322,7 @@ def test_three_hosts_of_one_file(tmp_path: Path) -> None:
 
 def test_the_examples_of_the_documentation(made: Detector) -> None:
     """Those of docs/operate.md, with other ports, and with the emulated board of the page."""
-    first, emulator, hosts = re.findall(
+    first, emulator, generations, hosts = re.findall(
         r"^```toml\n(.*?)^```$", (Path(__file__).parents[2] / "docs" / "operate.md").read_text(), re.M | re.S
     )
     data, command = free_ports(2)
@@ -337,6 +337,8 @@ def test_the_examples_of_the_documentation(made: Detector) -> None:
     status, words = made.run("run", "--core", made.core, "--duration", "1s")
     assert (status, "run 1: COMPLETE, 1 s, " in words) == (0, True), words
     assert made.run("down", made.path)[0] == 0
+    made.path.write_text(generations)
+    assert made.run("config", made.path)[0] == 0
     made.path.write_text(hosts)
     status, commands = made.run("config", made.path, "--commands", "--host", "daq2")
     assert (status, len(commands.splitlines())) == (0, 2)
