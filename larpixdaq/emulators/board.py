@@ -282,22 +282,12 @@ class EmulatedBoard:
         if self.crashed or not self.command.closed:
             return True
         self.command = self._context.socket(zmq.REP)
-        try:
-            self.command.bind(self._command_address)
-        except zmq.ZMQError:  # the port is not free yet: the next turn tries again
-            self.command.close(linger=0)
-            return False
-        return True
+        return _bind_again(self.command, self._command_address)
 
     def _reopen_data(self) -> bool:
         self._topics.clear()
         self._open_data()
-        try:
-            self.data.bind(self._data_address)
-        except zmq.ZMQError:  # the port is not free yet: the next turn tries again
-            self.data.close(linger=0)
-            return False
-        return True
+        return _bind_again(self.data, self._data_address)
 
     def _make(self, now: float) -> float:
         """Make messages of the words that are due. Returns 0, or the seconds until words are due if there are none."""
@@ -345,6 +335,16 @@ class EmulatedBoard:
                 return
             if len(self._spans):
                 time.sleep(BURST_PAUSE)
+
+
+def _bind_again(socket: zmq.Socket[bytes], address: str) -> bool:
+    """Bind a socket. If its port is not free yet, close it and return False: the next turn tries again."""
+    try:
+        socket.bind(address)
+    except zmq.ZMQError:
+        socket.close(linger=0)
+        return False
+    return True
 
 
 class FaultPlan(NamedTuple):

@@ -269,14 +269,13 @@ class Publisher:
     def _has_news(self) -> bool:
         """Whether there may be work without a frame: new blocks, or blocks that wait for libzmq or a disk."""
         own = self.own
-        in_spool = own.spool is not None and bool(own.spool.files)
         return (
             self.unsent
             or self._changed
             or own.head != self._served_head
             or bool(own.pins)
-            or in_spool
-            or (len(self.stores) > 1)
+            or (own.spool is not None and bool(own.spool.files))
+            or len(self.stores) > 1
         )
 
     def _drop_silent(self) -> None:
