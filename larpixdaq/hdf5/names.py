@@ -20,6 +20,7 @@ FINISHED: Final = ".h5"
 SIDECAR: Final = ".json"  # beside a finished file: its size and checksum
 RAW: Final = ".raw.h5"  # raw file, made from a finished file
 RAW_PART: Final = ".raw.part"  # raw file that is being made
+RAW_LOCK: Final = ".raw.lock"  # empty, locked while a raw file is made
 
 _RUN: Final = rf"run(\d{{{RUN_DIGITS}}})"
 _FILE_NAME: Final = re.compile(_RUN + r"_(\d{8}T\d{6}Z)_(?:([A-Za-z0-9.-]+)_)?(\d{1,9})(\.h5|\.h5\.part|\.h5\.journal)")

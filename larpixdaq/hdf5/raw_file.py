@@ -82,6 +82,7 @@ LEGACY_CLOCK64: Final = MessageFormat("legacy", True, "0.0")
 FORMAT_1_0: Final = MessageFormat("1.0", False, "1.0")
 #: Layout code -> formats, of which the first one that holds all rows is taken. The rows do not say which format the
 #: board had, but only firmware with a 64-bit clock sends times whose lower 16 bits are always zero.
+#: Layout 3.0 without data words says nothing, and is taken for that of a 64-bit clock.
 _FORMATS: Final = {
     1: (LEGACY, FORMAT_1_0),
     2: (LEGACY, FORMAT_1_0),
@@ -314,8 +315,8 @@ class _Writer:
     """A raw file being written."""
 
     def __init__(self, path: Path) -> None:
-        # Without a lock of HDF5, because this process has locked the file itself.
-        self._file = h5py.File(path, "w", libver=layout.LIBVER, locking=False)
+        # Without HDF5's lock, which some file systems do not have: the lock of make_raw() keeps others away.
+        self._file = h5py.File(path, "x", libver=layout.LIBVER, locking=False)
         options: dict[str, Any] = {"shape": (0,), "maxshape": (None,), "chunks": (_CHUNK,), "compression": "gzip"}
         self._messages = self._file.create_dataset("msgs", dtype=h5py.vlen_dtype(np.uint8), **options)
         self._headers = self._file.create_dataset("msg_headers", dtype=np.dtype([("io_groups", "u1")]), **options)
@@ -365,10 +366,12 @@ def make_raw(packets: Path) -> RawReport:
     with DataFile(packets, own=True) as file:
         if file.run_info()["condition"] == RunCondition.RUNNING:
             raise FileError(f"{packets}: is not finished")
-        part = path.with_name(path.name.removesuffix(names.RAW) + names.RAW_PART)
-        with _locked(part):
+        stem = path.name.removesuffix(names.RAW)
+        part = path.with_name(stem + names.RAW_PART)
+        # Not the raw file itself, because HDF5 refuses to read a file that is locked.
+        with _locked(path.with_name(stem + names.RAW_LOCK)):
+            part.unlink(missing_ok=True)
             if os.path.lexists(path):
-                part.unlink()
                 return _existing(path, packets.name)
             try:
                 report = _write(file, path, part)
@@ -380,20 +383,20 @@ def make_raw(packets: Path) -> RawReport:
 
 
 @contextlib.contextmanager
-def _locked(part: Path) -> Iterator[None]:
-    """Wait for the lock of a file that is made, and hold it. FileError if it cannot be made."""
+def _locked(path: Path) -> Iterator[None]:
+    """Wait for the lock of a file that is made, hold it, and remove the file. FileError if it cannot be made."""
     flags = os.O_RDWR | os.O_CREAT
     try:
         locked = lock_directory.open(
-            part, flags, opener=lambda path, flags: open_regular(path, flags, 0o666), wait=True
+            path, flags, opener=lambda path, flags: open_regular(path, flags, 0o666), wait=True
         )
     except OSError as error:
-        raise error if isinstance(error, FileError) else FileError(f"cannot make {part}: {error.strerror}") from None
+        raise error if isinstance(error, FileError) else FileError(f"cannot make {path}: {error.strerror}") from None
     assert locked is not None
     try:
         yield
     finally:
-        locked.close()
+        locked.close(remove_name=True)
 
 
 def _existing(path: Path, packets: str) -> RawReport:
@@ -547,6 +550,7 @@ def _write(file: DataFile, path: Path, part: Path) -> RawReport:
                 writer.close()
         except _MisfitError as error:
             reason = str(error)
+            part.unlink()
         except (OSError, RuntimeError, ValueError) as error:  # h5py raises all three when a disk fails
             raise error if isinstance(error, FileError) else FileError(f"cannot write {part}: {cause(error)}") from None
         else:

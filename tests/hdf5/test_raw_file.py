@@ -111,8 +111,9 @@ class Kind(NamedTuple):
         word = st.integers(0, 2**64 - 1).map(lambda value: value | (self.layout is V3))
         ticks = st.integers(0, 2**32 - 1)
         words = []
-        for _ in range(draw(st.integers(0, 6))):
-            letter = draw(st.sampled_from("DDDDST"))
+        # The rows of a v3 board without a data word do not say that its clock has 32 bits.
+        letters = ["D"] if self.layout is V3 and self.header == "0.0" else []
+        for letter in letters + draw(st.lists(st.sampled_from("DDDDST"), max_size=6)):
             if self.header == "1.0":
                 time = draw(st.integers(2**32, 2**64 - 1))
                 if letter == "D":
@@ -411,13 +412,14 @@ def test_a_killed_process_leaves_no_raw_file_and_the_next_one_makes_it(tmp_path:
             process.send_signal(signal.SIGKILL)
             assert second.result(LIMIT).made
     assert theirs(raw) == expected
-    assert not left.exists()
-    raw.unlink()
-    with ThreadPoolExecutor() as threads:
-        made = [report.made for report in threads.map(make_raw, [path] * 3)]
-    assert sorted(made) == [False, False, True]
+    assert set(tmp_path.iterdir()) == {path, raw}
+    for _ in range(examples(20)):
+        raw.unlink()
+        with ThreadPoolExecutor() as threads:
+            made = [report.made for report in threads.map(make_raw, [path] * 3)]
+        assert sorted(made) == [False, False, True]
+        assert set(tmp_path.iterdir()) == {path, raw}
     assert theirs(raw) == expected
-    assert not left.exists()
 
 
 def test_a_full_disk_keeps_room_for_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

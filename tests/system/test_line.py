@@ -100,7 +100,8 @@ def test_plain_h5py_reads_a_growing_file(line: System) -> None:
 
 
 def test_the_monitor_has_the_numbers_of_the_file(line: System) -> None:
-    options = ["--io-groups", "2", "--rate", "50000", "--count", "60000", "--pps", "--lossless"]
+    # So slow that the monitor sees all rows also on a busy machine.
+    options = ["--io-groups", "2", "--rate", "10000", "--count", "20000", "--pps", "--lossless"]
     options += ["--stay", "--wait-for-go"]
     with contextlib.closing(Emulator(*options)) as board:
         operator = line.start("--pacman", *board.addresses)
@@ -112,7 +113,7 @@ def test_the_monitor_has_the_numbers_of_the_file(line: System) -> None:
             kinds = operator.summary().result(LIMIT)["rows_by_type"]
             return sum(kinds[kind] for kind in ("data", "sync", "trigger"))
 
-        until(lambda: words() == 120_000, "all words in the monitor")
+        until(lambda: words() == 40_000, "all words in the monitor")
         ended = operator.end_run().result(2 * LIMIT)
     summary, found = operator.summary().result(LIMIT), operator.pixel_map("packets").result(LIMIT)
     rows = rows_of(ended["files"][0])

@@ -103,7 +103,8 @@ def raw(viewer: Viewer, data: bytes) -> bytes:
     """Send bytes over a connection of their own, and return the beginning of the answer."""
     with socket.create_connection((viewer.host, viewer.port), 10) as connection, contextlib.suppress(ConnectionError):
         connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # the server may have closed it already
+            connection.shutdown(socket.SHUT_WR)
         return connection.recv(4096)
     return b""
 
