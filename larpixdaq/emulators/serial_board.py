@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import select
+import struct
+import termios
 import time
 from collections.abc import Iterator
 from typing import Final
@@ -46,6 +49,8 @@ _QUEUE: Final = 1_000_000
 _SETTLE: Final = 0.01
 #: Seconds between two turns.
 _TURN: Final = 0.002
+#: Maximum seconds at the end for the host to read the last bytes.
+_LAST_READ: Final = 1.0
 _IO_CHANNEL: Final = 1
 #: Maximum share of the line for noise, so that answers are sent too: chips keep both in one queue.
 NOISE_SHARE: Final = 0.9
@@ -218,6 +223,19 @@ class SerialLine:
             raise
 
     def close(self) -> None:
+        """Close the terminal, which discards what the host has not read: it gets a moment for that."""
+        with contextlib.suppress(OSError):
+            host = os.open(self.device, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            try:
+                end = time.monotonic() + _LAST_READ
+                empty = 0
+                # Twice empty, because bytes are on their way from one end of the terminal to the other.
+                while self._open_since is not None and empty < 2 and time.monotonic() < end:
+                    time.sleep(_TURN)
+                    (waiting,) = struct.unpack("i", fcntl.ioctl(host, termios.FIONREAD, bytes(4)))
+                    empty = 0 if waiting else empty + 1
+            finally:
+                os.close(host)
         os.close(self.master)
 
 
