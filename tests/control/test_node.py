@@ -152,14 +152,19 @@ def test_changes_wake_the_main_loop(running, operator):
         before = node.changes
         poller = zmq.Poller()
         poller.register(node, zmq.POLLIN)
-        with producer(running.address).running():
+
+        def turn() -> int:
+            """Take the changes after a wake-up, which may come once too often, but not without end."""
             assert poller.poll(LIMIT * 1000)
             node.dispatch()
+            return node.changes - before
+
+        with producer(running.address).running():
+            until(lambda: turn() == 1, "the producer")
             assert node.producers == {"LArPix board": Endpoint("tcp://127.0.0.1:1")}
-            assert node.changes == before + 1
-        assert poller.poll(LIMIT * 1000)
+        until(lambda: turn() == 2, "its end")
+        assert node.producers == {}
         node.dispatch()
-        assert (node.producers, node.changes) == ({}, before + 2)
         assert not poller.poll(400)  # heartbeats and their answers wake nobody
 
 

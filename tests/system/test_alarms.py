@@ -142,7 +142,8 @@ def test_a_killed_storage_and_a_killed_core(line, tmp_path, web):
     line.processes["core"].kill()
     line.restart("core")
     with line.operator() as o:
-        assert [one["id"] for one in o.alarms().result(LIMIT)["open"]] == [alarm["id"]]
+        # A busy machine may have others, such as that of a component whose heartbeats are late.
+        assert alarm["id"] in [one["id"] for one in o.alarms().result(LIMIT)["open"]]
         line.restart("offline_storage")
         assert wait_for(web, "component-lost", "cleared")["id"] == alarm["id"]
         line.await_kinds(o, "storage", "producer")
