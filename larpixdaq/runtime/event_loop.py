@@ -59,10 +59,13 @@ class Waker:
 
     def wake(self) -> None:
         """Make the descriptor readable. Has no effect after close()."""
+        # Before the write, during which the other thread goes on with clear(), and after it, because clear() may have
+        # found nothing to discard yet.
+        self._woken = True
         with self._lock, contextlib.suppress(BlockingIOError):  # full: it is readable already
             if self.write_end >= 0:
                 os.write(self.write_end, b"\0")
-        self._woken = True  # after the write, so that clear() leaves no byte behind for ever
+        self._woken = True
 
     def clear(self) -> None:
         """Discard all wake-ups so far. Call it before reading the posted results, so that no wake-up is missed."""
