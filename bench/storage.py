@@ -107,7 +107,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def measure(rows: int, wait: float, fsync: bool, limits: Limits = Limits()) -> Result:  # noqa: B008
-        writer.WAIT = wait  # type: ignore[misc]
+        writer.WAIT = writer.WAIT_FSYNC = wait  # type: ignore[misc]
         with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-", dir=options.output_dir) as folder:
             return stored(Path(folder), rows, options.seconds, limits, fsync=fsync, threads=options.threads)
 

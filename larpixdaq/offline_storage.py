@@ -120,6 +120,7 @@ class Storage:
         if self._check_session():
             self.service.work()
             self.service.report_to(self.consumer)
+        self.consumer.rest(self.service.calm)
         self.node.report(self._frames, self.consumer.queued)
 
     def _check_session(self) -> bool:

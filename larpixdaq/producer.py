@@ -71,7 +71,7 @@ END_LIMIT = 5.0
 #: Milliseconds without reading after a turn that emptied all boards and made fewer than FEW_ROWS rows. Otherwise each
 #: of 5,000 one-word messages a second would take a turn of the loop. The turn closes its block, so that a row is on its
 #: way at most one rest after its arrival. At high rates the rest would delay acknowledgements and the storages.
-REST, FEW_ROWS = 20, 4_000
+REST, FEW_ROWS = 20, 16_000
 #: The same, without closing the block, for sources with small buffers, and while a routine waits for answers of chips.
 SHORT_REST = 4
 #: The last milliseconds of a rest, in which the threads of libzmq fetch what boards have sent.

@@ -109,6 +109,11 @@ class StorageService:
             return None
         return min((due for run in self._runs.values() if (due := run.due()) is not None), default=None)
 
+    @property
+    def calm(self) -> bool:
+        """Whether blocks may come late: runs are open, none ends, and none is to be on the disk at once."""
+        return bool(self._runs) and not self._fsync and all(run.ending is None for run in self._runs.values())
+
     def work(self) -> None:
         """Write and acknowledge blocks that have waited, close complete parts, and try failed writes again."""
         self._look_for_space()

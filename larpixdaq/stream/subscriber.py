@@ -72,6 +72,10 @@ _Queued = tuple[str, FromProducer, "memoryview | RingRows | None", PackedRows | 
 #: Milliseconds for which the thread of a monitor that wants only a sample of the blocks waits for more of them, because
 #: several at a time take two thirds of the processor time.
 REST: Final = 20
+#: Milliseconds for which the thread of a storage that rests waits for more blocks, and bytes in such a time from which
+#: on it does not, because the stream's window would fill meanwhile.
+CALM_REST: Final = 50
+CALM_BYTES: Final = 4 << 20
 #: Blocks that a monitor has credit for at the beginning. A block that is sent takes up to 0.9 MB of memory; one that is
 #: read in the ring takes none, and a saturated producer makes some 100 blocks before it looks for credit again.
 CREDIT, RING_CREDIT = 2, 32
@@ -137,6 +141,10 @@ class Consumer:
         self._acks: dict[str, dict[tuple[int, int], int]] = {}
         self._credit: dict[str, int] = {}
         self._every = 1.0
+        self._rests = False
+        self._received = 0  # bytes since the thread's last _is_calm()
+        self._calm_at = 0.0
+        self._calm = False
         self._resubscribe = self._send_rows = False
         self._arrived = Waker()  # wakes the process's loop
         self._waker = Waker()  # wakes the thread
@@ -213,6 +221,12 @@ class Consumer:
         """Mode "latest": ask the producers for one of each `every` blocks, chosen at random."""
         self._every = every
 
+    def rest(self, rests: bool) -> None:
+        """Mode "all": whether blocks may wait for others, so that at ordinary rates several are taken at a time."""
+        if rests != self._rests:
+            self._rests = rests
+            self._waker.wake()
+
     def acknowledge(self, origin: BlockOrigin, following: int) -> None:
         """Mode "all": acknowledge all blocks of `origin` below sequence `following`, which are durable."""
         name = origin.producer
@@ -252,6 +266,8 @@ class Consumer:
                 closing = self._closing  # then one more turn, which sends the acknowledgements from before close()
                 if self._every > 1.0:
                     self._resting.poll(REST)
+                elif self._rests and self._received and self._is_calm():
+                    self._resting.poll(CALM_REST)
                 if self._waker.fileno() in dict(self._poller.poll(self._timeout())):
                     self._waker.clear()
                 self._session_check.may_act()
@@ -265,6 +281,14 @@ class Consumer:
                 connection.send(Bye())
                 connection.close()
             self._context.term()
+
+    def _is_calm(self) -> bool:
+        """Whether fewer than CALM_BYTES came within the last CALM_REST. Called once a turn."""
+        now = self._clock()
+        if now >= self._calm_at:
+            self._calm = self._received < CALM_BYTES
+            self._received, self._calm_at = 0, now + CALM_REST / 1000
+        return self._calm
 
     def _timeout(self) -> int:
         """Milliseconds until a frame must be sent even if none has come."""
@@ -393,6 +417,7 @@ class Consumer:
         if self.mode == "all" and isinstance(frame, Block | End):
             connection.awaited = Ack(frame.run, frame.epoch, frame.following)
         self._queued[connection.name] += size
+        self._received += size
         self._queue.append(((connection.name, frame, payload, packed), size))
         return True
 
