@@ -4,7 +4,9 @@ import logging
 import os
 import select
 import signal
+import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 
@@ -20,7 +22,7 @@ from larpixdaq.control.node import Node
 from larpixdaq.errors import ConfigError, FileError, NoCore, RequestError
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.control import Answer, Endpoint, content, packed
-from larpixdaq.runtime.event_loop import Signals, Stopped
+from larpixdaq.runtime.event_loop import Signals, Stopped, Waker
 from larpixdaq.runtime.file_access import state_dir
 
 
@@ -143,6 +145,34 @@ def test_a_request_with_a_malformed_array_is_answered(running, operator):
             request.result(LIMIT)
         assert operator.call("it", "a").result(LIMIT) == 1
         assert [call[0] for call in it.calls] == ["a"]
+
+
+def test_a_wake_up_is_one_turn_of_the_loop():
+    """The loop goes on while the other thread is still in wake(), and must not turn until that thread has ended it."""
+    waker, queue, taken = Waker(), deque(), threading.Event()
+
+    def send() -> None:
+        for number in range(300):
+            taken.clear()
+            queue.append(number)
+            waker.wake()
+            assert taken.wait(LIMIT)
+
+    poller = select.poll()
+    poller.register(waker, select.POLLIN)
+    turns = frames = 0
+    with closing(waker), ThreadPoolExecutor() as threads:
+        sent = threads.submit(send)
+        while frames < 300:
+            assert poller.poll(LIMIT * 1000)
+            waker.clear()
+            turns += 1
+            while queue:
+                queue.popleft()
+                frames += 1
+                taken.set()
+        sent.result(LIMIT)
+    assert turns <= 310
 
 
 def test_changes_wake_the_main_loop(running, operator):
