@@ -418,7 +418,9 @@ class Core:
                 if message.status is not None:
                     self._alarms.heard(peer, now)
             self._note_server(peer, message.server)
-            self._send(peer.route, Update(request=message.request, session=peer.session, **self._state_for(peer)))
+            # The state that everybody has, because making it anew for each of hundreds would take most of the time.
+            known = self._state_for(peer, self._last_update or self._current_state())
+            self._send(peer.route, Update(request=message.request, session=peer.session, **known))
         elif isinstance(message, Answer) and isinstance(peer, Component):
             if not self._requests.answered(peer, message) and not self._runs.answered(peer, message, now):
                 _log.info("%s has answered a request that is not open", peer.name)
@@ -477,7 +479,7 @@ class Core:
                 again += " and a restart"
             _log.info("%s (%s) has registered: %s%s", peer.name, peer.kind, where, again)
             self._audit.note(peer, "registered", detail=str(peer.info.get("host", "")), outcome="done")
-        self._send(route, Welcome(session=peer.session, **self._state_for(peer)))
+        self._send(route, Welcome(session=peer.session, **self._state_for(peer, self._current_state())))
         if isinstance(peer, Component):
             self._registered.add(peer.name)
             self._alarms.registered(peer, now, restarted=lost is not None and lost.instance != peer.instance)
@@ -566,9 +568,10 @@ class Core:
             },
         }
 
-    def _state_for(self, peer: Peer) -> dict[str, Any]:
-        """Return the fields of an Update for a peer. Only components that listen get `keys` and `consumers`."""
-        state = self._current_state()
+    def _state_for(self, peer: Peer, current: dict[str, Any]) -> dict[str, Any]:
+        """Return those fields of the current state that a peer gets. Only components that listen get `keys` and
+        `consumers`."""
+        state = current.copy()
         kind = peer.kind if isinstance(peer, Component) else ""
         if kind not in (PRODUCER, LOG):
             del state["keys"], state["consumers"]
@@ -591,7 +594,7 @@ class Core:
         self._last_update = current
         everybody: list[Peer] = [*self._peers.components.values(), *self._peers.operators.values()]
         for peer in everybody:
-            self.send_to(peer, Update(**self._state_for(peer)))
+            self.send_to(peer, Update(**self._state_for(peer, current)))
 
 
 def add_alarms_argument(parser: argparse.ArgumentParser) -> None:

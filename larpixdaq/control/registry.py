@@ -26,14 +26,14 @@ _T = TypeVar("_T")
 _FORGET_OPERATOR: Final = 60.0
 #: Maximum number of components, of Operators with keys that were invited (and as many of the core's own user), and of
 #: Operators with one of these keys, at the same time.
-MAX_COMPONENTS: Final = 100
+MAX_COMPONENTS: Final = 500
 MAX_OPERATORS: Final = 256
 MAX_KEY_OPERATORS: Final = 32
 #: Bytes of a session that are random, and of the code for them.
 _RANDOM: Final = 16
 _CODE: Final = 16
 #: Maximum number of lost components that `status` shows, and seconds for which it shows them.
-_MAX_LOST: Final = 20
+_MAX_LOST: Final = MAX_COMPONENTS
 _LOST_KEPT: Final = 12 * 3600.0
 
 

@@ -7,6 +7,7 @@ with description, shape and bytes; the core passes them on without unpacking. No
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from typing import Annotated, Any, Final, Literal, NoReturn
@@ -215,6 +216,7 @@ class ConsumerSession(msgspec.Struct, array_like=True, frozen=True):
     digest: Annotated[str, Meta(max_length=32)]
 
 
+@functools.lru_cache(1024)
 def session_digest(session: str) -> str:
     """Return a digest of a session by which it can be recognised, but not used."""
     return hashlib.sha256(session.encode()).hexdigest()[:32]
