@@ -255,6 +255,10 @@ class Trial:
 
     def end(self) -> dict[str, Any]:
         """End boards and run, and wait until no block is pending."""
+        counted = lambda: self.operator.packet_rate(channels=False).result(STEP)["packets"]  # noqa: E731
+        if self.exact_monitor:  # one that has just come back hears nothing of a run that has ended meanwhile
+            before = counted()
+            until(lambda: counted() > before, "the monitor to count", STEP)
         self.end_boards()
         ended: dict[str, Any] = self.operator.end_run().result(STEP)
         producers = self.components("producer")
@@ -263,7 +267,6 @@ class Trial:
             until(lambda: pending() == 0, "no block to be pending", STEP)
         if self.exact_monitor:
             sent = sum(counts["D"] for counts in self.sent.values())
-            counted = lambda: self.operator.packet_rate(channels=False).result(STEP)["packets"]  # noqa: E731
             until(lambda: counted() == sent, f"the monitor to have counted {sent} packets", STEP)
         info = self.operator.run_info(ended["run"]).result(STEP)
         ended["condition"] = info["condition"]
