@@ -90,7 +90,8 @@ def configure(operator: Operator, line: System) -> None:
 
 def trigger(operator: Operator) -> None:
     """Let all channels trigger themselves, so that the map is full."""
-    values = {"periodic_trigger_mask": [0] * 64, "periodic_trigger_cycles": SLOWEST, "enable_periodic_trigger": 1}
+    values = {"periodic_trigger_mask": [0] * 64, "periodic_trigger_cycles": SLOWEST}
+    values |= {"enable_hit_veto": 0, "enable_periodic_trigger": 1}
     wait(operator.send_configuration({"all": values}), 10 * STEP)
 
 

@@ -17,7 +17,7 @@ HEARTBEAT_CYCLES: Final = 0x1018
 CLOCK_DIVIDER: Final = 0x101C
 TRIGGER_CONTROL: Final = 0x2010
 TRIGGER_CYCLES: Final = 0x2018
-#: Bytes of a bank of registers, and an offset: the UART of io_channel n is at UARTS + n BANK.
+#: Bytes of a bank of registers, and an offset: the n-th UART is at UARTS + n BANK.
 BANK: Final = 0x1000
 UARTS: Final = 0x2000
 CLOCK_RATIO: Final = 0x10
@@ -75,15 +75,16 @@ class BoardRegisters:
         self._chips = [*(chips or []), *[0] * revision.tiles][: revision.tiles]
         self._inverted = 0b11 if inverted else 0
         self._slow_read = revision.slow_read if slow_read is None else slow_read
-        self._uart_banks = range(UARTS + BANK, min(UARTS + BANK * (revision.uarts + 1), I2C), BANK)
+        #: First register of each UART by io_channel, without those that would be on the I2C bus.
+        self._banks = {c: UARTS + BANK * n for n, c in enumerate(revision.io_channels, 1) if UARTS + BANK * n < I2C}
         self._constants = {CLOCK_STATUS: _CLOCK_GOOD} | revision.constants
         self._restore()
 
     def _restore(self) -> None:
         """Set all registers to their values at power-up."""
         revision = self.revision
-        self._fpga = {bank + offset: 0 for bank in (0, BANK, UARTS, *self._uart_banks) for offset in _WRITABLE}
-        self._fpga |= _DEFAULTS | {bank + CLOCK_RATIO: revision.uart_ratio for bank in self._uart_banks}
+        self._fpga = {bank + offset: 0 for bank in (0, BANK, UARTS, *self._banks.values()) for offset in _WRITABLE}
+        self._fpga |= _DEFAULTS | {bank + CLOCK_RATIO: revision.uart_ratio for bank in self._banks.values()}
         self._dacs = {rail: 0 for rails in revision.dacs.values() for rail in rails}
         self._scratch = dict.fromkeys(revision.scratch, 0)
 
@@ -157,14 +158,15 @@ class BoardRegisters:
         """Return the line of an io_channel, as set by its UART's registers and those of the board."""
         revision = self.revision
         clocked = not revision.tile_clocks or bool(self[TILE_ENABLE] & revision.tile_clocks)
-        if not clocked or not 1 <= io_channel <= revision.uarts:
+        if not clocked or io_channel not in revision.io_channels:
             return UartLine(False, False, 0)
         receives = True
-        if revision.receivers is not None and io_channel <= 32:
-            receives = self[revision.receivers] >> io_channel - 1 & 1 == revision.receiver_on
+        uart = revision.io_channels.index(io_channel)  # from 0
+        if revision.receivers is not None and uart < 32:
+            receives = self[revision.receivers] >> uart & 1 == revision.receiver_on
         inverted = self._inverted
         if revision.inversion:
-            inverted ^= self[UARTS + BANK * io_channel + INVERSION] & 0b11
+            inverted ^= self[self._banks.get(io_channel, I2C) + INVERSION] & 0b11
         return UartLine(not inverted & 1, receives and not inverted & 2, self._ticks_per_bit(io_channel))
 
     def _ticks_per_bit(self, io_channel: int) -> int:
@@ -176,7 +178,8 @@ class BoardRegisters:
 
     def clock_ratio(self, io_channel: int) -> int:
         """Return the ticks of the UARTs' clock for each bit."""
-        return self._fpga.get(UARTS + BANK * io_channel + CLOCK_RATIO, self.revision.uart_ratio)
+        bank = self._banks.get(io_channel)
+        return self.revision.uart_ratio if bank is None else self[bank + CLOCK_RATIO]
 
     def reset_tiles(self) -> int:
         """Return the mask of the tiles that a reset reaches, bit 0 for tile 0."""
@@ -196,7 +199,7 @@ class BoardRegisters:
         self._fpga[TILE_ENABLE] = tiles | revision.tile_clocks
         if revision.receivers is not None:
             self._fpga[revision.receivers] = _U32 if revision.receiver_on else 0
-        for bank in self._uart_banks:
+        for bank in self._banks.values():
             self._fpga[bank + CLOCK_RATIO] = ticks_per_bit * revision.uart_clock * _FIXED_DIVIDER // _MASTER
             self._fpga[bank + INVERSION] = self._inverted
 

@@ -73,7 +73,7 @@ class EmulatedChips:
         flips: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """`flips`: fraction of the words of which a link in `wiring.flipping` flips a bit."""
+        """`flips`: fraction of the bits that a link in `wiring.flipping` flips, in words of all kinds."""
         n = len(wiring.keys)
         self.keys = wiring.keys
         self.asic = asic
@@ -100,6 +100,8 @@ class EmulatedChips:
             ticks, clk_ctrl = TICKS_PER_BIT[asic], asic != "3"
             self.network = Network(wiring, self.alive, ticks, self.registers, self.map, clk_ctrl=clk_ctrl)
         self._flips, self._random = flips, np.random.default_rng([seed, 6])
+        self._flipping = wiring.flipping
+        self._bits_flipped = 0
         self._pulse = self.map.address("csa_testpulse_dac")
         watched = np.zeros(256, np.uint8)
         self._watched = [*self.network.watched, self._pulse]
@@ -132,8 +134,9 @@ class EmulatedChips:
         return counts
 
     def counts(self) -> dict[str, int]:
-        """Return the numbers of words that no chip heard, and that the chip did not take."""
-        return {"unheard": self._native.unheard, "refused": self._native.refused}
+        """Return the numbers of words that no chip heard, and that the chip did not take, and of flipped bits."""
+        flipped = {"bits_flipped": self._bits_flipped} if self._bits_flipped else {}
+        return {"unheard": self._native.unheard, "refused": self._native.refused} | flipped
 
     def power(self, tiles: int, tick: int = 0, analog: int = -1) -> None:
         """Power these tiles and no others. Chips that get power restart at this tick of the board's clock.
@@ -205,6 +208,13 @@ class EmulatedChips:
             io_channels[chips == chip] = io_channel
         return io_channels
 
+    def arrive(self, packets: NDArray[np.uint64], chips: NDArray[Any]) -> NDArray[np.uint64]:
+        """Return packets of these chips as they reach the board, after links that flip bits."""
+        if not self._flipping or not isinstance(self.network, Network):
+            return packets
+        links = np.array([self.network.flips_from.get(chip, 0) for chip in chips.tolist()], np.int64)
+        return self._flip(packets, links)
+
     def _find_paths(self, word: int, io_channel: int) -> list[int]:
         """Find the listeners of a word and their exits for the kernel. Returns the chips that it cannot serve itself.
 
@@ -243,10 +253,17 @@ class EmulatedChips:
 
     def _flipped(self, word: int, links: int) -> int:
         """Return a word that has passed this number of links that flip bits."""
-        for _ in range(links):
-            if self._random.random() < self._flips:
-                word ^= 1 << int(self._random.integers(64))
-        return word
+        return int(self._flip(np.array([word], np.uint64), np.array([links]))[0]) if links else word
+
+    def _flip(self, words: NDArray[np.uint64], links: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Return words that have passed these numbers of links that flip bits."""
+        odd = (1 - (1 - 2 * self._flips) ** links) / 2  # a bit that is flipped twice is right again
+        (at,) = np.nonzero(links)
+        flipped = self._random.random((len(at), 64)) < odd[at, None]
+        self._bits_flipped += int(flipped.sum())
+        words = words.copy()
+        words[at] ^= np.packbits(flipped, axis=1, bitorder="little").view("<u8")[:, 0]
+        return words
 
     def _register_changed(self, chip: int, address: int, old: int) -> None:
         if address == self._pulse:

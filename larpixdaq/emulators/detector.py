@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -29,7 +30,7 @@ PLANTED_OPTIONS = (
     ("dead-chips", "CHIP", "chips that neither receive nor send"),
     ("broken-links", "CHIP/CHIP", "links of the network without wires"),
     ("one-way-links", "CHIP/CHIP", "links that carry words from the first chip to the second only"),
-    ("flipping-links", "CHIP/CHIP", "links that flip a bit of a part of the words, see --flips"),
+    ("flipping-links", "CHIP/CHIP", "links that flip bits of words from the first chip to the second, see --flips"),
     ("impostors", "CHIP=ID", "chips that also take words for another chip_id"),
     ("stuck-bits", "CHIP:REGISTER.BIT=VALUE", "bits of registers that never change"),
     ("hot-channels", "CHIP-CHANNEL", f"channels with {HOT:g} times the noise of others"),
@@ -40,13 +41,14 @@ LOSS_OPTIONS = (
     ("lose-answers", "fraction of the chips' answers that get lost"),
     ("double-answers", "fraction of the chips' answers that come twice"),
 )
+#: Fraction of the bits that links flip.
+DEFAULT_FLIPS: Final = 0.0035
 #: io_group, number on its board.
 Chip = tuple[int, int]
 _CHIP: Final = r"(\d+-\d+-\d+)"
 _CHANNEL: Final = re.compile(rf"{_CHIP}-(\d+)")
 _LINK: Final = re.compile(rf"{_CHIP}/{_CHIP}")
 _IMPOSTOR: Final = re.compile(rf"{_CHIP}=(\d+)")
-_NOISY: Final = re.compile(rf"{_CHIP}/{_CHIP}=([0-9.eE+-]+)")
 _STUCK: Final = re.compile(rf"{_CHIP}:(\d+)\.([0-7])=([01])")
 
 
@@ -74,7 +76,6 @@ class EmulatedDetector(NamedTuple):
             ],
             "hot_channels": [f"{key(chip)}-{channel}" for chip, channel in planted.hot_channels],
             "dead_channels": [f"{key(chip)}-{channel}" for chip, channel in planted.dead_channels],
-            "noisy_links": [f"{key(a)}/{key(b)}={share:g}" for a, b, share in planted.noisy_links],
         }
         return {name: values for name, values in faults.items() if values}
 
@@ -115,6 +116,7 @@ class Planted(NamedTuple):
     broken_links: list[tuple[Chip, Chip]]
     #: The chip that sends, the chip that receives.
     one_way_links: list[tuple[Chip, Chip]]
+    #: The same.
     flipping_links: list[tuple[Chip, Chip]]
     #: Chip, the other chip_id whose words it takes.
     impostors: list[tuple[Chip, int]]
@@ -123,8 +125,6 @@ class Planted(NamedTuple):
     #: Chip, channel.
     hot_channels: list[tuple[Chip, int]]
     dead_channels: list[tuple[Chip, int]]
-    #: The chip nearer to the board, the chip behind it, fraction of bits towards the board that flip.
-    noisy_links: list[tuple[Chip, Chip, float]]
 
 
 class Planter:
@@ -166,18 +166,6 @@ class Planter:
             if not 0 < chip_id < network.BROADCAST:
                 raise UsageError(f"impostor: chip_id {chip_id}: expected 1 to {network.BROADCAST - 1}")
         return parts
-
-    def noisy_links(self, text: str) -> list[tuple[Chip, Chip, float]]:
-        links = []
-        for a, b, share in self._parse(text, _NOISY, "CHIP/CHIP=F"):
-            (io_group, nearer), (_, behind) = link = self._chip(a), self._chip(b)
-            if (nearer, behind) not in self._boards[io_group].tree:
-                raise UsageError(f"noisy link {a}/{b}: no link of the network, with the chip nearer to the board first")
-            try:
-                links.append((*link, fraction(share)))
-            except (ValueError, argparse.ArgumentTypeError) as error:
-                raise UsageError(f"noisy link {a}/{b}: {error}") from None
-        return links
 
     def stuck_bits(self, text: str, defaults: Any, registers: int) -> list[tuple[Chip, int, int, int]]:
         """Bits that the seed chooses are stuck at the opposite of their power-up values, so that they are noticed."""
@@ -269,16 +257,10 @@ def add_arguments(parser: argparse.ArgumentParser, tile_channels: int = network.
     add(
         "--flips",
         type=fraction,
-        default=0.2,
+        default=DEFAULT_FLIPS,
         metavar="F",
-        help="fraction of words that --flipping-links change (default %(default)s)",
-    )
-    add(
-        "--noisy-links",
-        type=str,
-        metavar="LIST",
-        help="links that flip a fraction of the bits of the words towards the board: CHIP/CHIP=F,... with the chip "
-        "nearer to the board first",
+        help="fraction of the bits that --flipping-links flip, in words of all kinds (default %(default)s, which "
+        "changes a fifth of the words)",
     )
     add("--bug-512", action="store_true", help="each 512th word to the chips of a board gets lost")
     add(
@@ -289,13 +271,13 @@ def add_arguments(parser: argparse.ArgumentParser, tile_channels: int = network.
     )
 
 
-def check_arguments(args: argparse.Namespace) -> EmulatedDetector:
-    """Return the chips of the options, and set `args.asic` to their generation.
+def check_arguments(args: argparse.Namespace, io_channels: Container[int] = range(1, 41)) -> EmulatedDetector:
+    """Return the chips of the options, and set `args.asic` to their generation. `io_channels`: those of the boards.
 
     Raises UsageError if options exclude each other, ConfigError and FileError for the file of --chips.
     """
     if args.chips is None:
-        options = ["write-network", "power-on", "noisy-links", "bug-512", "truth"]
+        options = ["write-network", "power-on", "bug-512", "truth"]
         options += [name for name, *_ in (*PLANTED_OPTIONS, *LOSS_OPTIONS)]
         for name in options:
             if getattr(args, name.replace("-", "_")):
@@ -304,27 +286,27 @@ def check_arguments(args: argparse.Namespace) -> EmulatedDetector:
         return EmulatedDetector({}, Planted(*([] for _ in Planted._fields)))
     if args.lose_answers + args.double_answers > 1:
         raise UsageError("--lose-answers, --double-answers: an answer is lost or doubled, so they add up to at most 1")
-    boards = _boards(args)
+    boards = _boards(args, io_channels)
     planted = _plant(args, boards)
     for (io_group, a), (_, b) in planted.broken_links:
         boards[io_group].cut(a, b)
     for (io_group, a), (_, b) in planted.one_way_links:
         boards[io_group].cut_one_way(b, a)
     for (io_group, a), (_, b) in planted.flipping_links:
-        boards[io_group].flipping |= {(a, b), (b, a)}
+        boards[io_group].flipping.add((a, b))
     for (io_group, chip), chip_id in planted.impostors:
         boards[io_group].also[chip] = chip_id
     return EmulatedDetector(boards, planted)
 
 
-def _boards(args: argparse.Namespace) -> dict[int, Wiring]:
+def _boards(args: argparse.Namespace, io_channels: Container[int]) -> dict[int, Wiring]:
     if args.chips.isdigit():
         args.asic = args.asic or DEFAULT_ASIC
         if args.asic == "1":
             raise UsageError("--chips: v1 chips are no network; name a file of larpix-control with a chip_list")
         chips = int(args.chips)
         boards = {
-            io_group: network.tile_wiring(chips, args.tile_channels, args.asic)
+            io_group: network.tile_wiring(chips, args.tile_channels, args.asic, io_channels)
             for io_group in range(1, args.io_groups + 1)
         }
         if args.write_network:
@@ -352,7 +334,6 @@ def _plant(args: argparse.Namespace, boards: dict[int, Wiring]) -> Planted:
         planter.stuck_bits(args.stuck_bits, registers.defaults, registers.count) if args.stuck_bits else [],
         planter.channels(args.hot_channels, registers.channels) if args.hot_channels else [],
         planter.channels(args.dead_channels, registers.channels) if args.dead_channels else [],
-        planter.noisy_links(args.noisy_links) if args.noisy_links else [],
     )
 
 
@@ -393,20 +374,9 @@ def make_registers(args: argparse.Namespace, revision: EmulatedRevision, chips: 
 
 
 def make_losses(args: argparse.Namespace, io_group: int) -> Losses:
-    """Make the losses of configuration words of one board, and its noisy links."""
-    wiring = args.detector.boards[io_group]
-    flips: dict[tuple[int, int], float] = {}
-    for (group, _), (_, behind), share in args.detector.planted.noisy_links:
-        if group == io_group:
-            for key in wiring.behind(behind):
-                flips[key] = 1 - (1 - flips.get(key, 0.0)) * (1 - share)
-    return Losses(
-        bug_512=args.bug_512,
-        lose=args.lose_answers,
-        double=args.double_answers,
-        flips=flips,
-        seed=args.seed * 256 + io_group,
-    )
+    """Make the losses of configuration words of one board."""
+    seed = args.seed * 256 + io_group
+    return Losses(bug_512=args.bug_512, lose=args.lose_answers, double=args.double_answers, seed=seed)
 
 
 def _key(boards: dict[int, Wiring], chip: Chip) -> str:

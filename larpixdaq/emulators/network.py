@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import ceil
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from larpixdaq._native.chip_emulator import PathEnd
 from larpixdaq.errors import ConfigError, FileError, UsageError
+from larpixdaq.hardware.network_bringup import load_with_included
 
 BROADCAST: Final = 255
 #: A default tile: its chips in rows of at most ten with chip_ids from 11 on, as on the tiles of a detector. The roots,
@@ -282,15 +284,8 @@ class Wiring:
     tree: list[tuple[int, int]] = field(default_factory=list)
     #: Chips that also take words for another chip_id, and that chip_id.
     also: dict[int, int] = field(default_factory=dict)
-    #: Sender and receiver of wires that flip a bit of some words.
+    #: Sender and receiver of wires that flip bits.
     flipping: set[tuple[int, int]] = field(default_factory=set)
-
-    def behind(self, chip: int) -> list[tuple[int, int]]:
-        """Return the keys of a chip and of all chips behind it in the configured network."""
-        chips = [chip]
-        for at in chips:  # grows
-            chips += [child for parent, child in self.tree if parent == at]
-        return [self.keys[at] for at in chips]
 
     def cut(self, a: int, b: int) -> None:
         """Remove all wires between two chips."""
@@ -382,18 +377,19 @@ def _v1_bits(config: Any) -> dict[str, tuple[int, int]]:
 def read_network(path: str) -> tuple[str, dict[int, Wiring]]:
     """Read a controller configuration of larpix-control: the chip generation, and the wiring by io_group.
 
-    Its network is taken for all existing wires. larpix-control looks the path up in the current directory, then in its
-    package. Raises FileError and ConfigError.
+    Its network is taken for all existing wires. larpix-control looks paths up in the current directory, then in its
+    package; files that are included may also be beside it. Raises FileError and ConfigError.
     """
     from larpix import Controller, configs  # late, because the import takes a second
 
     controller: Any = Controller()
     try:
-        asic = _FILE_GENERATIONS[str(configs.load(path, "controller")["asic_version"])]
+        content = load_with_included(path, lambda name: configs.load(name, "controller"))
+        asic = _FILE_GENERATIONS[str(content["asic_version"])]
         if asic == "1":
             controller.load_controller(path)
             return asic, _chains(controller.chips)
-        controller.load_network(path, version=VERSIONS[asic])
+        load_with_included(path, lambda name: controller.load_network(name, version=VERSIONS[asic]))
         boards = {}
         for io_group, channels in controller.network.items():
             boards[io_group] = wiring = Wiring()
@@ -448,24 +444,34 @@ def _add_network(wiring: Wiring, io_channel: int, network: Any) -> None:
             wiring.exits.append((numbers[tail], uart, io_channel))
 
 
-def tile_wiring(chips: int, channels: int = TILE_CHANNELS, asic: str = "2") -> Wiring:
+def tile_wiring(
+    chips: int, channels: int = TILE_CHANNELS, asic: str = "2", io_channels: Container[int] = range(1, 41)
+) -> Wiring:
     """Return the wiring of a board with this number of chips on default tiles of up to `channels` io_channels.
 
     All neighbours on a tile are wired, so that the network can be rerouted. The roots depend on the chip generation.
+    `io_channels`: those of the board. On a tile that has some of them, a root of another one is an ordinary chip.
     """
     if not 1 <= chips <= _MAX_TILES * TILE_CHIPS:
         raise UsageError(f"--chips: expected 1 to {_MAX_TILES * TILE_CHIPS} chips on a board, found {chips}")
     wiring = Wiring()
     for tile in range(ceil(chips / TILE_CHIPS)):
-        _add_tile(wiring, min(chips - TILE_CHIPS * tile, TILE_CHIPS), 1 + TILE_CHANNELS * tile, channels, asic)
+        first = 1 + TILE_CHANNELS * tile
+        every = range(first, first + channels)
+        own = [c if c in io_channels else None for c in every]
+        _add_tile(wiring, min(chips - TILE_CHIPS * tile, TILE_CHIPS), own if any(own) else every, asic)
     return wiring
 
 
-def _add_tile(wiring: Wiring, chips: int, first_channel: int, max_channels: int, asic: str) -> None:
+def _add_tile(wiring: Wiring, chips: int, io_channels: Sequence[int | None], asic: str) -> None:
+    """Add a tile. `io_channels`: of its roots; None for a root that is not wired to the board."""
     width = min(TILE_WIDTH, ceil(chips**0.5))
+    rows = -(-chips // width)
     first = len(wiring.keys)
-    roots, tree, channels = _grow_network(chips, width, max_channels, asic)
-    wiring.keys += [(first_channel + channel, FIRST_ID + chip) for chip, channel in enumerate(channels)]
+    root_rows = _root_rows(rows, min(len(io_channels), rows), asic)
+    roots = {c: width * row for c, row in zip(io_channels, root_rows, strict=False) if c is not None}
+    tree, channels = _grow_network(chips, width, roots)
+    wiring.keys += [(channel, FIRST_ID + chip) for chip, channel in enumerate(channels)]
     wiring.tree += [(first + parent, first + chip) for parent, chip in tree]
     for chip in range(chips):
         for direction in range(4):
@@ -473,7 +479,7 @@ def _add_tile(wiring: Wiring, chips: int, first_channel: int, max_channels: int,
             if neighbour is not None:
                 receiver = _RECEIVE[_OPPOSITE[direction]]
                 wiring.wires.append((first + chip, _SEND[direction], first + neighbour, receiver))
-    for channel, root in enumerate(roots, first_channel):
+    for channel, root in roots.items():
         wiring.entries.append((channel, first + root, _RECEIVE[_LEFT]))
         wiring.exits.append((first + root, _SEND[_LEFT], channel))
 
@@ -496,33 +502,28 @@ def _root_rows(rows: int, n: int, asic: str) -> list[int]:
     return [channel * (rows - 1) // max(1, n - 1) for channel in range(n)]
 
 
-def _grow_network(
-    chips: int, width: int, max_channels: int, asic: str
-) -> tuple[list[int], list[tuple[int, int]], list[int]]:
-    """Return the roots, the links, and the channel of each chip.
+def _grow_network(chips: int, width: int, roots: Mapping[int, int]) -> tuple[list[tuple[int, int]], list[int]]:
+    """Return the links, and the io_channel of each chip. `roots`: by io_channel.
 
-    The channels take turns to add one free neighbour, those nearest to their root first.
+    The io_channels take turns to add one free neighbour, those nearest to their root first.
     """
-    rows = -(-chips // width)
-    n = min(max_channels, rows)
-    roots = [width * row for row in _root_rows(rows, n, asic)]
-    channels = [-1] * chips
-    for channel, root in enumerate(roots):
+    channels = [0] * chips
+    for channel, root in roots.items():
         channels[root] = channel
     tree = []
-    fronts = [deque([root]) for root in roots]
-    while any(fronts):
-        for channel, front in enumerate(fronts):
+    fronts = {channel: deque([root]) for channel, root in roots.items()}
+    while any(fronts.values()):
+        for channel, front in fronts.items():
             while front:
                 neighbours = (_neighbour(front[0], direction, chips, width) for direction in range(4))
-                free = next((chip for chip in neighbours if chip is not None and channels[chip] < 0), None)
+                free = next((chip for chip in neighbours if chip is not None and not channels[chip]), None)
                 if free is not None:
                     channels[free] = channel
                     tree.append((front[0], free))
                     front.append(free)
                     break
                 front.popleft()
-    return roots, tree, channels
+    return tree, channels
 
 
 def write_network(path: Path, asic: str, boards: dict[int, Wiring]) -> None:

@@ -3,6 +3,9 @@
 The model, in mV, is as simple as the routines allow. A channel is at its pedestal, with normal noise. Its discriminator
 fires at MAX_RATE if the threshold is at or below the pedestal, and at MAX_RATE exp(-z²/2) if it is z sigmas above.
 Leakage moves the channel up from the pedestal until it reaches the threshold or is reset.
+
+A trigger gives adc_burst_length samples, of which the first is at the height that fired, and the others at its level
+with noise of their own. The hit veto drops forced samples of v2 chips that are below the threshold.
 """
 
 from __future__ import annotations
@@ -27,10 +30,27 @@ MAX_RATE: Final = 10_000.0
 HOT: Final = 10.0
 #: Ticks of the board's clock per second.
 TICKS: Final = 10_000_000
+#: Bits of a board's ticks in numbers that also have a chip, above them.
+TICK_BITS: Final = 44
 #: Trigger types of v2 chips and later ones.
 NATURAL, EXTERNAL, CROSS, PERIODIC = range(4)
-#: One sample of a channel. `chip`: its number on the board. `tick`: of the board's clock.
-HIT: Final = np.dtype([("chip", "<i4"), ("channel", "<i4"), ("tick", "<i8"), ("adc", "<i8"), ("trigger", "<i8")])
+#: Words that a chip keeps until its line carries them.
+FIFO: Final = 2_048
+#: Ticks of the chips' clock from one sample of a burst to the next, without those of adc_hold_delay.
+CONVERSION: Final = 10
+#: One sample of a channel. `chip`: its number on the board. `tick`: of the board's clock. `first`: of its burst.
+#: `full`: the FIFO of the chip has no room for the rest of the burst.
+HIT: Final = np.dtype(
+    [
+        ("chip", "<i4"),
+        ("channel", "<i4"),
+        ("tick", "<i8"),
+        ("adc", "<i8"),
+        ("trigger", "<i8"),
+        ("first", "?"),
+        ("full", "?"),
+    ]
+)
 
 
 class Channels:
@@ -53,7 +73,8 @@ class Noise:
     """Generates the hits of a board's chips.
 
     `rates`: self triggers/s, shape (chips, channels), as of the last `update()`. `share`: fraction of its self triggers
-    that the io_channel of each chip carries.
+    that the io_channel of each chip carries. `marks`, `diagnostics`: chips that mark the first packet of a burst, and
+    those that send the number of words in their FIFOs. `crowded`: samples lost because a burst did not fit into a FIFO.
     """
 
     def __init__(self, chips: EmulatedChips, channels: Channels, seed: list[int]) -> None:
@@ -68,6 +89,13 @@ class Noise:
         self._periods = np.zeros(shape[0], np.int64)  # ticks between periodic triggers, 0: none
         self._rolling = np.zeros(shape[0], np.bool_)  # a periodic trigger samples one channel, in turn
         self._masks = {name: np.ones(shape, np.bool_) for name in ("periodic", "external", "cross", "pulse")}
+        self._samples = np.ones(shape[0], np.int64)  # in a burst
+        self._spacing = np.full(shape[0], CONVERSION)  # ticks from one to the next
+        self._hit_veto = np.zeros(shape[0], np.bool_)
+        self._periodic_veto = np.zeros(shape[0], np.bool_)
+        self.marks = np.ones(shape[0], np.bool_)
+        self.diagnostics = np.zeros(shape[0], np.bool_)
+        self.crowded = 0
         self.share = np.ones(shape[0])
         self._cumulative_rates = np.zeros(1)
         self._lost_rate = 0.0  # self triggers/s that io_channels do not carry, without chips that have no io_channel
@@ -109,7 +137,16 @@ class Noise:
         leakage_rates = np.where(reset_in_time, 0.0, leakage / np.maximum(distance, 1.0))
         triggering = on & ~flags("channel_mask", 0)
         self._leakage_rates[changed] = np.where(triggering & (distance > 0), leakage_rates, 0.0)
-        self.rates[changed] = np.where(triggering, np.minimum(noise_rates + leakage_rates, MAX_RATE), 0.0)
+        samples = np.maximum(value("adc_burst_length"), 1)
+        spacing = value("adc_hold_delay") + CONVERSION
+        most = np.minimum(MAX_RATE, TICKS / (samples * spacing))[:, None]  # no trigger while a channel converts
+        self.rates[changed] = np.where(triggering, np.minimum(noise_rates + leakage_rates, most), 0.0)
+        self._samples[changed], self._spacing[changed] = samples, spacing
+        v2 = self.chips.asic not in ("1", "3")
+        self._hit_veto[changed] = value("enable_hit_veto").astype(np.bool_) & v2
+        self._periodic_veto[changed] = value("enable_periodic_trigger_veto") > 0
+        self.marks[changed] = value("mark_first_packet", 1) > 0
+        self.diagnostics[changed] = value("enable_fifo_diagnostics").astype(np.bool_) & v2
         self._threshold[changed] = threshold
         low, high = (value(name, default) * DAC_STEP for name, default in (("vcm_dac", 77), ("vref_dac", 219)))
         self._scale[changed, 0] = low
@@ -129,7 +166,12 @@ class Noise:
         """Set the fraction of each chip's self triggers that its io_channel carries; the others are lost."""
         self.share = share
         self._cumulative_rates = np.cumsum(self.rates * share[:, None])
-        self._lost_rate = float((self.rates.sum(1) * (1 - share))[share > 0].sum())
+        self._lost_rate = float((self.load() * (1 - share))[share > 0].sum())
+
+    def load(self) -> NDArray[np.float64]:
+        """Return the packets/s of each chip's self triggers."""
+        packets: NDArray[np.float64] = self.rates.sum(1) * self._samples
+        return packets
 
     @property
     def busy(self) -> bool:
@@ -164,31 +206,39 @@ class Noise:
     def pulse(self, chip: int, step: int, tick: int) -> NDArray[Any]:
         """Return the hits of a falling step of a chip's test pulse DAC, in counts."""
         (channel,) = np.nonzero(~self._masks["pulse"][chip])
-        height = self.channels.pedestal[chip, channel] + step * PULSE_STEP
-        height += self._random.normal(0.0, self.channels.noise[chip, channel])
+        level = self.channels.pedestal[chip, channel] + step * PULSE_STEP
+        height = level + self._random.normal(0.0, self.channels.noise[chip, channel])
         fires = height > self._threshold[chip, channel]
-        return self._digitize(np.full(int(fires.sum()), chip), channel[fires], tick, NATURAL, height[fires])
+        fired = np.full(int(fires.sum()), chip), channel[fires]
+        return self._digitize(*fired, tick, NATURAL, height[fires], level[fires])
 
     def _natural(self, start: int, end: int, limit: int) -> tuple[NDArray[Any], int]:
         total = float(self._cumulative_rates[-1])
         n = int(self._random.poisson(total * (end - start) / TICKS)) if total > 0 else 0
         if not n:
             return np.zeros(0, HIT), 0
-        excess = max(0, n - limit)
-        positions = np.searchsorted(self._cumulative_rates, self._random.random(n - excess) * total, side="right")
+        fit = min(n, limit)
+        positions = np.searchsorted(self._cumulative_rates, self._random.random(fit) * total, side="right")
         chip, channel = np.divmod(np.minimum(positions, self.rates.size - 1), self._channels_per_chip)
-        ticks = np.sort(self._random.integers(start, end, n - excess))
-        height = self._random.normal(self.channels.pedestal[chip, channel], self.channels.noise[chip, channel])
-        leaked = self._random.random(n - excess) * self.rates[chip, channel] < self._leakage_rates[chip, channel]
-        height = np.where(leaked, self._threshold[chip, channel], height)
-        return self._digitize(chip, channel, ticks, NATURAL, height), excess
+        samples = np.cumsum(self._samples[chip])
+        fit = int(np.searchsorted(samples, limit, side="right"))
+        excess = (int(samples[-1]) * n // len(samples) if len(samples) else n) - int(samples[fit - 1] if fit else 0)
+        chip, channel = chip[:fit], channel[:fit]
+        ticks = np.sort(self._random.integers(start, end, fit))
+        level = self.channels.pedestal[chip, channel]
+        height = self._random.normal(level, self.channels.noise[chip, channel])
+        leaked = self._random.random(fit) * self.rates[chip, channel] < self._leakage_rates[chip, channel]
+        level = np.where(leaked, self._threshold[chip, channel], level)
+        height = np.where(leaked, level, height)
+        return self._digitize(chip, channel, ticks, NATURAL, height, level), excess
 
     def _periodic(self, start: int, end: int, limit: int) -> tuple[NDArray[Any], int]:
         (chips,) = np.nonzero(self._periods)
         periods = self._periods[chips]
         triggers = end // periods - start // periods
         enabled = (~self._masks["periodic"][chips]).sum(1)
-        hits = triggers * np.where(self._rolling[chips], np.minimum(enabled, 1), enabled)
+        channels = np.where(self._rolling[chips], np.minimum(enabled, 1), enabled)
+        hits = triggers * channels * np.minimum(self._samples[chips], FIFO // np.maximum(channels, 1))
         fit = np.cumsum(hits) <= limit
         excess = int(hits[~fit].sum())
         chips, periods, triggers = chips[fit], periods[fit], triggers[fit]
@@ -206,23 +256,65 @@ class Noise:
 
     def _cross(self, natural: NDArray[Any]) -> NDArray[Any]:
         """Sample the other channels of each chip with a hit."""
+        natural = natural[natural["first"]]
         event, channel = np.nonzero(~self._masks["cross"][natural["chip"]])
         other = channel != natural["channel"][event]
         event, channel = event[other], channel[other]
         return self._sample(natural["chip"][event], channel, natural["tick"][event], CROSS)
 
     def _sample(self, chip: NDArray[Any], channel: NDArray[Any], ticks: Any, trigger: int) -> NDArray[Any]:
-        height = self._random.normal(self.channels.pedestal[chip, channel], self.channels.noise[chip, channel])
-        return self._digitize(chip, channel, ticks, trigger, height)
+        """Sample channels that a trigger forces, except those that the chips' vetoes leave out."""
+        level = self.channels.pedestal[chip, channel]
+        height = self._random.normal(level, self.channels.noise[chip, channel])
+        fires = height >= self._threshold[chip, channel]
+        vetoed = self._hit_veto[chip] & ~fires
+        if trigger == PERIODIC:
+            vetoed |= self._periodic_veto[chip] & fires
+        if vetoed.any():
+            kept = ~vetoed
+            chip, channel, height, level = chip[kept], channel[kept], height[kept], level[kept]
+            ticks = ticks[kept] if isinstance(ticks, np.ndarray) else ticks
+        return self._digitize(chip, channel, ticks, trigger, height, level)
 
     def _digitize(
-        self, chip: NDArray[Any], channel: NDArray[Any], ticks: Any, trigger: int, height: NDArray[Any]
+        self,
+        chip: NDArray[Any],
+        channel: NDArray[Any],
+        ticks: Any,
+        trigger: int,
+        height: NDArray[Any],
+        level: NDArray[Any],
     ) -> NDArray[Any]:
+        """Return the bursts of these triggers: their first samples at `height`, the others at `level` with noise (mV).
+
+        If channels of a chip begin together, each takes only as many samples as the chip's FIFO has room for.
+        """
         hits = np.empty(len(chip), HIT)
         hits["chip"], hits["channel"], hits["tick"], hits["trigger"] = chip, channel, ticks, trigger
-        low, scale = self._scale[chip].T
+        hits["first"], hits["full"] = True, False
+        if (self._samples[chip] > 1).any():
+            hits, height = self._burst(hits, height, level)
+        low, scale = self._scale[hits["chip"]].T
         hits["adc"] = np.clip((height - low) * scale, 0, self._adc_counts - 1)
         return hits
+
+    def _burst(
+        self, hits: NDArray[Any], height: NDArray[Any], level: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return all samples of bursts that begin with these hits, and their heights."""
+        chip, channel = hits["chip"], hits["channel"]
+        events = chip.astype(np.int64) << TICK_BITS | hits["tick"]
+        _, event, together = np.unique(events, return_inverse=True, return_counts=True)
+        samples = np.minimum(self._samples[chip], FIFO // together[event])
+        self.crowded += int((self._samples[chip] - samples).sum())
+        hits["full"] = samples < self._samples[chip]
+        burst = np.repeat(np.arange(len(hits)), samples)
+        nth = np.arange(len(burst)) - np.repeat(np.cumsum(samples) - samples, samples)
+        noisy = self._random.normal(level[burst], self.channels.noise[chip, channel][burst])
+        hits = hits[burst]
+        hits["first"] = nth == 0
+        hits["tick"] += nth * self._spacing[hits["chip"]]
+        return hits, np.where(hits["first"], height[burst], noisy)
 
     def counts_per_mv(self) -> float:
         """Return the ADC counts per mV with the references of power-up."""

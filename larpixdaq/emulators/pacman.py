@@ -164,8 +164,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=sorted(revisions.REVISIONS),
         default=revisions.DEFAULT,
         help="hardware revision of the boards, with its registers; 3b is 3 with UARTs of 50 MHz, 4m2 is 4 with the "
-        "firmware of Module 2 "
-        "(default %(default)s)",
+        "firmware of Module 2, 5u32 is 5 with the firmware of 32 UARTs (default %(default)s)",
     )
     add(
         "--inverted",
@@ -287,18 +286,20 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("reboot", "overload"):
         if getattr(args, name) and args.chips is None:
             raise UsageError(f"--{name} goes with --chips")
-    args.detector = detector.check_arguments(args)
     revision = revisions.REVISIONS[args.revision]
+    args.detector = detector.check_arguments(args, revision.io_channels)
     if args.inverted and not (args.chips and revision.inversion):
         raise UsageError(
             "--inverted goes with --chips, and with boards that can invert, which those of revision 2 cannot"
         )
     for io_group, board in args.detector.boards.items():
-        unknown = {io_channel for io_channel, _ in board.keys if not 1 <= io_channel <= revision.uarts}
+        unknown = {io_channel for io_channel, _ in board.keys if io_channel not in revision.io_channels}
         if unknown:
+            known = revision.io_channels
+            without = "" if len(known) == known[-1] else ", without 12, 16, 20 and so on"
             raise ConfigError(
                 f"{args.chips}: io_group {io_group} has chips on io_channel {min(unknown)}, a board of revision "
-                f"{args.revision} has io_channels 1 to {revision.uarts}"
+                f"{args.revision} has io_channels 1 to {known[-1]}{without}"
             )
     args.groups = list(args.detector.boards) or list(range(1, args.io_groups + 1))
     n = len(args.groups)

@@ -6,7 +6,7 @@ because the behaviour of real boards is not published; docs/rehearsal.md lists t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
@@ -36,7 +36,8 @@ class EmulatedRevision:
     """Properties of the boards of one revision."""
 
     tiles: int
-    uarts: int
+    #: io_channels of the UARTs, which have registers in this order.
+    io_channels: Sequence[int]
     #: DAC counts per volt of a supply.
     dac_per_volt: float
     #: Registers on the I2C bus, by address; all others on it read 0. A readback is in bits 31 to 16.
@@ -111,7 +112,7 @@ def _rev2() -> EmulatedRevision:
             monitors[at] = EmulatedMonitor(rail, encode)
     return EmulatedRevision(
         tiles=1,
-        uarts=4,
+        io_channels=range(1, 5),
         dac_per_volt=54_691 / 1.8,
         dacs={0x24011: [vdda], 0x24001: [vddd]},
         monitors=monitors,
@@ -132,7 +133,7 @@ def _rev3() -> EmulatedRevision:
     dacs = {base + n: [rail] for base in (0x24100, 0x24130) for n, rail in enumerate(rails)}
     return EmulatedRevision(
         tiles=8,
-        uarts=32,
+        io_channels=range(1, 33),
         dac_per_volt=25_700.0,
         dacs=dacs | {0x241B0: rails},  # the last register sets all supplies at once
         monitors=monitors,
@@ -158,7 +159,7 @@ def _revision_with_rows(tiles: int, vdda_current: Encoder, vddd_current: Encoder
         monitors[0x24060 + tile] = EmulatedMonitor(vddd, vddd_current, slow=True)
     return EmulatedRevision(
         tiles=tiles,
-        uarts=4 * tiles,
+        io_channels=range(1, 4 * tiles + 1),
         dac_per_volt=25_700.0,
         dacs=dacs,
         monitors=monitors,
@@ -181,6 +182,11 @@ def _rev4_module2() -> EmulatedRevision:
     )
 
 
+def _rev5_32_uarts() -> EmulatedRevision:
+    """Revision 5 with the firmware of 32 UARTs: four each for the first two tiles, three each for the others."""
+    return replace(_rev5(), io_channels=[*range(1, 9), *(4 * tile + n for tile in range(2, 10) for n in (1, 2, 3))])
+
+
 def _rev5() -> EmulatedRevision:
     return replace(
         _revision_with_rows(10, _four_times, _four_times),
@@ -195,5 +201,13 @@ def _rev5() -> EmulatedRevision:
 
 
 #: Revisions by their names in --revision.
-REVISIONS: Final = {"2": _rev2(), "3": _rev3(), "3b": _rev3_fast(), "4": _rev4(), "4m2": _rev4_module2(), "5": _rev5()}
+REVISIONS: Final = {
+    "2": _rev2(),
+    "3": _rev3(),
+    "3b": _rev3_fast(),
+    "4": _rev4(),
+    "4m2": _rev4_module2(),
+    "5": _rev5(),
+    "5u32": _rev5_32_uarts(),
+}
 DEFAULT: Final = "5"

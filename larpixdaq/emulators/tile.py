@@ -29,7 +29,7 @@ from larpixdaq.emulators.board_registers import (
     BoardRegisters,
 )
 from larpixdaq.emulators.chips import SUPPLIES
-from larpixdaq.emulators.noise import TICKS, Noise
+from larpixdaq.emulators.noise import FIFO, TICK_BITS, TICKS, Noise
 from larpixdaq.emulators.revisions import VDDA, VDDD, Rail
 from larpixdaq.schema import ASICS, SPAN
 
@@ -45,8 +45,6 @@ LATENCY: Final = 290
 UART_BITS: Final = 66
 #: The io_channel of words that the board sends to the chips of all io_channels.
 ALL_CHANNELS: Final = 255
-#: Words that a chip keeps until its line carries them.
-FIFO: Final = 2_048
 #: Maximum hits that a board takes, in multiples of what all its io_channels carry on average.
 _SLACK: Final = 1.2
 #: Minimum ticks between two generations of hits.
@@ -58,6 +56,8 @@ IDLE: Final = 0.1
 #: Minimum ticks between two heartbeats or triggers of the board, whatever its registers ask for.
 MIN_PERIOD: Final = 1_000
 _DEFAULT_HEARTBEAT: Final = 10 * TICKS
+#: By chip generation: bits of a timestamp below the one that can mark the first packet of a burst. Others have 31.
+TIMESTAMP_BITS: Final = {"3": 27}
 #: Ticks of the board registers' 100 MHz clock in a tick of 10 MHz.
 _FAST: Final = 10
 #: Bits of the clock control register.
@@ -113,6 +113,8 @@ class EmulatedTile:
         self._carries[self._io_channels] = carries
         self._queue: deque[NDArray[Any]] = deque()
         self._n_queued = 0
+        self._later: NDArray[Any] = np.zeros(0, WORD)  # words of bursts after the last generation
+        self._fifos = WaitingWords()
         self._lines_changed = False
         self._registers = registers
         if registers:
@@ -136,6 +138,8 @@ class EmulatedTile:
         self._zero = time.monotonic()
         self._generated = 0
         self._seconds = 0
+        self._later = self._later[:0]
+        self._fifos = WaitingWords()
         self.chips.clock_start.fill(0)
 
     def set_ticks_per_bit(self, io_channel: int, ticks: int) -> None:
@@ -226,30 +230,40 @@ class EmulatedTile:
     @property
     def busy(self) -> bool:
         """Whether hits or triggers may come at any moment."""
-        return self.noise.busy or self._trigger > 0
+        return self.noise.busy or self._trigger > 0 or len(self._later) > 0
 
     def _generate(self, start: int, end: int) -> None:
         """Enqueue syncs, heartbeats, triggers and hits after tick `start`, up to `end`."""
-        parts = []
+        parts = [self._later] if len(self._later) else []
         for tick in _multiples(self._period, start, end):
             parts.append(event_word(b"S", ord("S"), tick, min(self._period, 0xFFFFFFFF)))
         for tick in _multiples(self._heartbeat, start, end):
             parts.append(event_word(b"S", ord("H"), tick, tick % self._period))
+        samples = []
         for tick in _multiples(self._trigger, start, end):
-            parts += [event_word(b"T", 1, tick, tick % self._period), self._hit_words(self.noise.external(tick))]
+            parts.append(event_word(b"T", 1, tick, tick % self._period))
+            samples.append(self.noise.external(tick))
         carried = _SLACK * self._carries.sum() * (end - start) / TICKS
         self._capacity = min(self._capacity + carried, max(carried, self._max_capacity))
         if self.noise.busy:
             hits, lost, excess = self.noise.hits(start, end, min(int(self._capacity), MAX_HITS))
             self._capacity -= len(hits)
             self.crowded += lost + excess
-            if len(hits):
-                parts.append(self._hit_words(hits, full=excess > 0))
+            hits["full"] |= excess > 0
+            samples.append(hits)
+        if samples:
+            parts.append(self._hit_words(np.concatenate(samples)))
         if parts:
-            words = np.concatenate(parts)
-            self._enqueue(words[np.argsort(words["tick"], kind="stable")])
+            self._enqueue_until(np.concatenate(parts), end)
 
-    def _hit_words(self, hits: NDArray[Any], *, full: bool = False) -> NDArray[Any]:
+    def _enqueue_until(self, words: NDArray[Any], end: int) -> None:
+        """Enqueue the words up to tick `end`, in order, and keep the others for the next generation."""
+        words = words[np.argsort(words["tick"], kind="stable")]
+        n = int(np.searchsorted(words["tick"], end, side="right"))
+        self._later = words[n:]
+        self._enqueue(words[:n])
+
+    def _hit_words(self, hits: NDArray[Any]) -> NDArray[Any]:
         """Return the D words of those hits that reach the board.
 
         Their FIFO-full flag is set if `full`, and for chips that lose hits because their io_channel carries no more.
@@ -257,12 +271,19 @@ class EmulatedTile:
         io_channels = self.chips.exit_channels(hits["chip"])
         connected = io_channels >= 0
         hits, io_channels = hits[connected], io_channels[connected]
-        flags = (self.noise.share[hits["chip"]] < 1) | full
-        ids, asic = self.chips.chip_ids()[hits["chip"]], self.chips.asic
-        stamps = self._timestamps(hits["tick"] - LATENCY, self.chips.clock_start[hits["chip"]])
-        packets = make_packets(asic, ids, hits["channel"], stamps, hits["adc"], hits["trigger"], flags)
+        chip = hits["chip"]
+        flags = (self.noise.share[chip] < 1) | hits["full"]
+        ids, asic = self.chips.chip_ids()[chip], self.chips.asic
+        stamps = self._timestamps(hits["tick"] - LATENCY, self.chips.clock_start[chip])
+        first = np.where(self.noise.marks[chip], hits["first"], stamps >> TIMESTAMP_BITS.get(asic, 31) & 1)
+        packets = make_packets(asic, ids, hits["channel"], stamps, hits["adc"], hits["trigger"], flags, first)
+        if self.noise.diagnostics.any() and len(hits):
+            spacing = TICKS / np.maximum(self._carries, 1)
+            waiting = self._fifos.count(chip, hits["tick"], io_channels, spacing)
+            waiting[flags] = FIFO
+            packets = np.where(self.noise.diagnostics[chip], with_counts(packets, waiting), packets)
         self.full += int(flags.sum())
-        return data_words(io_channels, packets, hits["tick"], self._period)
+        return data_words(io_channels, self.chips.arrive(packets, chip), hits["tick"], self._period)
 
     def _timestamps(self, ticks: NDArray[Any], clock_start: NDArray[Any]) -> NDArray[Any]:
         """Return the chips' clocks at ticks of the board. A board whose clock restarts each second restarts theirs."""
@@ -278,16 +299,19 @@ class EmulatedTile:
         self._lines_changed = False
         io_channels = self.chips.exit_channels(np.arange(len(self.chips.keys)))
         connected = io_channels >= 0
-        load = np.bincount(io_channels[connected], self.noise.rates.sum(1)[connected], len(self._carries))
+        load = np.bincount(io_channels[connected], self.noise.load()[connected], len(self._carries))
         share = np.minimum(1.0, self._carries / np.maximum(load, 1.0))
         self.noise.set_share(np.where(connected, share[io_channels], 0.0))
 
     def _pulse(self, chip: int, step: int) -> None:
         self._update_shares()
-        self._enqueue(self._hit_words(self.noise.pulse(chip, step, self.tick)))
+        now = self.tick
+        words = self._hit_words(self.noise.pulse(chip, step, now))
+        later = words["tick"] > now
+        self._enqueue(words[~later])
+        self._later = np.concatenate([self._later, words[later]])
 
     def _enqueue(self, words: NDArray[Any]) -> None:
-        words = self.losses.flip_bits(words)
         free = MEMORY - self._n_queued
         if len(words) > free:
             self.overflowed += len(words) - free
@@ -305,7 +329,7 @@ class EmulatedTile:
 
     def counts(self) -> dict[str, int]:
         """Return the numbers of words that were lost or doubled, by cause."""
-        own = {"overflowed": self.overflowed, "crowded": self.crowded}
+        own = {"overflowed": self.overflowed, "crowded": self.crowded + self.noise.crowded}
         return own | self.chips.counts() | self.losses.counts
 
     def fill(self, words: int, per_message: int = 0, window: int = SERVICE_TICKS) -> int:
@@ -349,24 +373,11 @@ class TileBoard(EmulatedBoard):
 class Losses:
     """Losses of configuration words: each 512th to the chips with `bug_512`, and fractions of the answers.
 
-    `lose`: fraction of answers lost. `double`: fraction of answers sent twice. `flips`: fraction of bits that flip in
-    packets of a chip, by io_channel and chip_id. `counts`: words, and bits, that were affected.
+    `lose`: fraction of answers lost. `double`: fraction of answers sent twice. `counts`: words that were affected.
     """
 
-    def __init__(
-        self,
-        *,
-        bug_512: bool = False,
-        lose: float = 0.0,
-        double: float = 0.0,
-        flips: dict[tuple[int, int], float] | None = None,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, *, bug_512: bool = False, lose: float = 0.0, double: float = 0.0, seed: int = 0) -> None:
         self.counts = {"words_lost": 0, "answers_lost": 0, "answers_doubled": 0}
-        self._flips = np.zeros((256, 256))
-        for key, share in (flips or {}).items():
-            self.counts["bits_flipped"] = 0
-            self._flips[key] = share
         self._bug_512 = bug_512
         self._lose = lose
         self._double = double
@@ -395,22 +406,6 @@ class Losses:
         self.counts["answers_doubled"] += int(doubled.sum())
         return np.repeat(words, np.where(lost, 0, 1 + doubled))
 
-    def flip_bits(self, words: NDArray[Any]) -> NDArray[Any]:
-        """Return these words (dtype WORD) with the flipped bits of noisy links."""
-        if "bits_flipped" not in self.counts:
-            return words
-        head, packets = words["head"], words["packet"].copy()
-        shifted = head >> np.uint64(8), packets >> np.uint64(2)
-        io_channel, chip_id = ((part & np.uint64(0xFF)).astype(np.intp) for part in shifted)
-        shares = self._flips[io_channel, chip_id]
-        (noisy,) = np.nonzero((head & np.uint64(0xFF) == ord("D")) & (shares > 0))
-        flipped = self._random.random((len(noisy), 64)) < shares[noisy, None]
-        self.counts["bits_flipped"] += int(flipped.sum())
-        packets[noisy] ^= np.packbits(flipped, axis=1, bitorder="little").view("<u8")[:, 0]
-        changed: NDArray[Any] = words.copy()
-        changed["packet"] = packets
-        return changed
-
 
 def make_packets(
     asic: str,
@@ -420,9 +415,13 @@ def make_packets(
     adc: NDArray[Any],
     triggers: NDArray[Any],
     full: NDArray[np.bool_] | bool,
+    first: NDArray[Any] | bool = True,
 ) -> NDArray[np.uint64]:
-    """Return data packets (u8) of chips of this generation; `full`: their flag that a FIFO is full."""
-    flag = np.asarray(full, np.uint64)
+    """Return data packets (u8) of chips of this generation.
+
+    `full`: their flag that a FIFO is full. `first`: the highest bit of their timestamps, which v1 packets do not have.
+    """
+    flag, mark = np.asarray(full, np.uint64), np.asarray(first, np.uint64)
     chip, channel, tick, dataword, trigger = (
         part.astype(np.uint64) for part in (chip_ids, channels, ticks, adc, triggers)
     )
@@ -435,12 +434,64 @@ def make_packets(
     if asic == "1":
         words |= bits(tick >> np.uint64(1), 17, 24) | bits(dataword, 41, 10) | flag << np.uint64(52)
     elif asic == "3":
-        words |= np.uint64(1) | bits(tick, 16, 28) | bits(dataword, 46, 10)
+        words |= np.uint64(1) | bits(tick, 16, 27) | mark << np.uint64(43) | bits(dataword, 46, 10)
     else:
-        words |= bits(tick, 16, 31) | np.uint64(1 << 47) | bits(dataword, 48, 8)  # each is the first of its burst
+        words |= bits(tick, 16, 31) | mark << np.uint64(47) | bits(dataword, 48, 8)
     if asic != "1":
         words |= bits(trigger, 56, 2) | flag << np.uint64(59) | np.uint64(1 << 62)
     return parity(words, asic=ASICS[asic])
+
+
+def with_counts(packets: NDArray[np.uint64], waiting: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return data packets of v2 chips in the mode fifo diagnostics, with the words that wait in the chip's FIFO.
+
+    A channel's own FIFO, of four words, is full when that of its chip is, and empty otherwise.
+    """
+    local = np.where(waiting >= FIFO, 3, 0)
+    counts = (np.minimum(waiting, FIFO) | local << 12).astype(np.uint64) << np.uint64(32)
+    return parity(packets & ~np.uint64(0x3FFF << 32 | 1 << 63) | counts, asic=ASICS["2"])
+
+
+class WaitingWords:
+    """Words that wait in the chips' FIFOs, of lines that carry the words of all their chips in the order of making."""
+
+    def __init__(self) -> None:
+        self._free = np.zeros(256)  # by io_channel: tick at which it has carried its last word
+        self._chips = np.zeros(0, np.int64)  # of the waiting words, in order
+        self._leave = np.zeros(0, np.int64)  # ticks at which they leave
+
+    def count(
+        self, chips: NDArray[Any], ticks: NDArray[Any], io_channels: NDArray[Any], spacing: NDArray[np.float64]
+    ) -> NDArray[np.int64]:
+        """Add words and return how many words of its chip wait before each of them.
+
+        `spacing`: by io_channel, ticks that a word takes.
+        """
+        order = np.argsort(ticks, kind="stable")
+        leave = np.zeros(len(ticks), np.int64)
+        for io_channel in np.unique(io_channels):
+            at = order[io_channels[order] == io_channel]
+            carried = spacing[io_channel] * np.arange(len(at))
+            start = np.maximum(np.maximum.accumulate(ticks[at] - carried), self._free[io_channel])
+            leave[at] = np.ceil(start + carried + spacing[io_channel])
+            longest = spacing[io_channel] * FIFO * len(np.unique(chips[at]))
+            self._free[io_channel] = min(leave[at[-1]], ticks[at[-1]] + longest)
+        waiting, n = len(self._chips), len(order)
+        self._chips = np.concatenate([self._chips, chips[order]])
+        self._leave = np.concatenate([self._leave, leave[order]])
+        by_chip = np.argsort(self._chips, kind="stable")
+        in_order = self._chips[by_chip]
+        entered = np.empty(len(by_chip), np.int64)  # words of the chip before each word
+        entered[by_chip] = np.arange(len(by_chip)) - np.searchsorted(in_order, in_order)
+        leaving = np.sort(self._chips << TICK_BITS | self._leave)
+        begin = chips.astype(np.int64) << TICK_BITS
+        left = np.searchsorted(leaving, begin | ticks, side="right") - np.searchsorted(leaving, begin)
+        counts = np.empty(n, np.int64)
+        counts[order] = entered[waiting:]
+        keep = self._leave > ticks[order[-1]]
+        self._chips, self._leave = self._chips[keep], self._leave[keep]
+        waiting_before: NDArray[np.int64] = counts - left
+        return waiting_before
 
 
 def data_words(io_channels: NDArray[Any], packets: NDArray[Any], ticks: Any, period: int) -> NDArray[Any]:

@@ -143,6 +143,10 @@ class BoardOrders:
             raise RequestError(f"{self.names[io_group]}: {NO_REVISION} {io_group}=N, N from 2 to 5")
         return revision
 
+    def has_io_channel(self, io_group: int, io_channel: int) -> bool:
+        """Return False for the io_channels that are missing on a board of revision 5 with 32 UARTs."""
+        return self._uarts[io_group] != 32 or io_channel in REVISION_5_WITH_32.io_channels
+
     def io_channels(self, io_group: int, requested: list[int] | None) -> list[int]:
         """Return io_channels of a PACMAN (None: all); RequestError for an io_channel whose UART has no registers."""
         revision = self.revision(io_group)

@@ -156,7 +156,8 @@ class ChipState:
             return controller
         version = self.registers.version
         try:
-            version_of_file = configs.load(file, "controller")["asic_version"]
+            content = network_bringup.load_with_included(file, lambda name: configs.load(name, "controller"))
+            version_of_file = content["asic_version"]
             if str(version_of_file) not in self.registers.file_versions:
                 raise _bad_board_file(
                     file, f"asic_version is {version_of_file}, this producer has --asic {self.registers.asic}"
@@ -165,12 +166,18 @@ class ChipState:
                 if version == 1:
                     name = controller.load_controller(file)
                 else:  # Controller.load does not know the version name that Chip has for LightPix
-                    name = controller.load_network(file, version=version)
+                    name = network_bringup.load_with_included(
+                        file, lambda name: controller.load_network(name, version=version)
+                    )
                     network_bringup.plan(controller)
         except RequestError:
             raise
         except OSError as error:
-            raise _bad_board_file(file, error.strerror or "no such file, here or in larpix-control") from None
+            missing = str(error).removeprefix("File not found: ")
+            reason = "no such file, here or in larpix-control"
+            if missing != file:
+                reason = f"it includes {missing:.200}, which is neither here nor beside it nor in larpix-control"
+            raise _bad_board_file(file, error.strerror or reason) from None
         except Exception as error:  # larpix-control can raise anything for a wrong file
             raise _bad_board_file(file, f"larpix-control cannot read it: {type(error).__name__}: {error}") from None
         controller.board_name = name

@@ -103,9 +103,13 @@ class DiscoveryActions:
         )
 
     def _io_channels(self, io_group: int, tile: int, shape: TileShape) -> list[int]:
-        """Return the io_channels of a tile's roots. A serial board has io_channel 1 only."""
+        """Return the io_channels of a tile's roots. A serial board has io_channel 1 only.
+
+        The last root of a tile has none where a board has three io_channels for a tile.
+        """
         roots = 1 if self._orders.kinds[io_group] == "serial" else len(shape.roots)
-        return [CHANNELS * tile + 1 + number for number in range(roots)]
+        first = CHANNELS * tile + 1
+        return [c for c in range(first, first + roots) if self._orders.has_io_channel(io_group, c)]
 
     def _tiles_of(self, io_group: int, requested: Any) -> list[int]:
         """Return the tiles of a board (None: those that are switched on, as far as the board can tell)."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
 from larpixdaq.errors import RequestError
 from larpixdaq.schema import key_of
@@ -15,6 +17,27 @@ NETWORK: Final = (
 )  # fmt: skip
 
 _UPSTREAM: Final = ("enable_miso_upstream", "enable_piso_upstream")
+_Loaded = TypeVar("_Loaded")
+
+
+def load_with_included(file: str, load: Callable[[str], _Loaded]) -> _Loaded:
+    """Return load(file), where `load` reads a board file by larpix-control, and finds the files that it includes.
+
+    larpix-control looks for them in the working directory and in its package, and laboratories keep them beside the
+    file: these are found, too. Raises what `load` raises, OSError for a file that is in neither of these places.
+    """
+    try:
+        return load(file)
+    except OSError:
+        path = Path(file)
+        if not path.is_file():
+            raise
+    before = Path.cwd()
+    os.chdir(path.parent)
+    try:
+        return load(path.name)
+    finally:
+        os.chdir(before)
 
 
 class _Unsent:

@@ -145,7 +145,8 @@ class BoardClocks:
             own_packets = packets[own]
             if own_packets.any() and not receipts[own[own_packets]].any():
                 own = own[chip_times[own]]
-                self._add_steps(self._clock(group, "chips"), stamps[own], times[own], self._chip_period())
+                ticks = stamps[own] % self._chip_period()
+                self._add_steps(self._clock(group, "chips"), ticks, times[own], self._chip_period())
                 continue
             ticks = np.where(board_words[own], stamps[own], receipts[own])
             self._add_steps(self._clock(group, "board"), ticks, times[own], _WRAP_32)

@@ -50,8 +50,8 @@ _CREDIBLE: Final = 366 * 86_400.0
 #: Maximum number of lines about damaged places.
 _MAX_NOTES: Final = 20
 _MAX_ADC: Final = {Asic.V1: 1024, Asic.V2: 256, Asic.V2_DIAGNOSTICS: 256, Asic.V3: 1024}
-#: Bits of the chips' time stamps.
-_CHIP_BITS: Final = {Asic.V1: 24, Asic.V2: 31, Asic.V2_DIAGNOSTICS: 16, Asic.V3: 28}
+#: Bits of the chips' time stamps, without the highest of v3, which marks the first packet of a burst.
+_CHIP_BITS: Final = {Asic.V1: 24, Asic.V2: 31, Asic.V2_DIAGNOSTICS: 16, Asic.V3: 27}
 #: Layout to which rows of other programs are converted.
 _LAYOUTS: Final = {Asic.V1: schema.LAYOUTS[0], Asic.V2: schema.LAYOUTS[2], Asic.V3: schema.LAYOUTS[3]}
 _SEEN: Final = (

@@ -37,9 +37,10 @@ def _pedestal(
     """Measures mean and standard deviation of each channel's ADC values, from periodic triggers of all channels.
 
     CHIPS: a chip key, a list of chip keys, or None for all chips. Each channel but LEAVE_OFF {chip: [channel, ...]} is
-    triggered about SAMPLES times, at TRIGGER_HZ (Hz), with the highest threshold and other triggers off. The registers
-    of the chips are restored. A channel is bad without samples, with a mean below LOW or above HIGH (ADC counts), or
-    with a standard deviation above MOST_STD (ADC counts); None for no limit.
+    triggered about SAMPLES times, at TRIGGER_HZ (Hz), with the highest threshold and other triggers off. The hit veto
+    is off, because v2 chips drop samples below the threshold with it. The registers of the chips are restored. A
+    channel is bad without samples, with a mean below LOW or above HIGH (ADC counts), or with a standard deviation above
+    MOST_STD (ADC counts); None for no limit.
 
     Result: "chips" {chip: {"mean", "std" (ADC counts) with "mean_error", "std_error"; "samples": their number;
     "pedestal_mv"; "noise_mv", "noise_electrons": the standard deviation without that of the ADC's steps}}, each a list
@@ -55,6 +56,8 @@ def _pedestal(
     off = selected.off(leave_off)
     with selected.restored(), selected.untriggered():
         selected.set(threshold=255, periodic_trigger_mask=off, periodic_trigger_cycles=round(_CLOCK_HZ / trigger_hz))
+        if selected.has("hit_veto"):
+            selected.set(hit_veto=0)
         selected.set(periodic_trigger=1)
         send_info(f"sampling {(~off).sum()} channels", 0, 1)
         measured = collect(controller, selected.keys, samples / trigger_hz)

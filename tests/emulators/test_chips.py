@@ -27,7 +27,8 @@ from emulated_board import (
 from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import until
+from processes import LIMIT, until
+from system import system
 
 from larpixdaq import emulators, schema
 from larpixdaq._native import chip_emulator as native
@@ -36,9 +37,11 @@ from larpixdaq.emulators import network as chip_network
 from larpixdaq.emulators import pacman
 from larpixdaq.emulators.chips import EmulatedChips
 from larpixdaq.emulators.network import VERSIONS, register_map
+from larpixdaq.errors import RequestError
 from larpixdaq.hardware.register_tables import CONFIGURATIONS
 
 ID, UP, DOWN, IN = 122, 124, 125, 126
+SLOW = 60.0
 
 
 def sent(chips, *words):
@@ -157,6 +160,31 @@ def test_a_file_with_includes(tmp_path, monkeypatch):
     )
     _, boards = chip_network.read_network("mine.json")
     assert boards[1].keys == [(1, 2), (1, 3), (1, 4), (1, 5)]
+
+
+def test_a_file_of_several_tiles_includes_those_beside_it(tmp_path):
+    """As scripts of the 2x2 write them: a file a tile, with maps of their own, and one that only includes them."""
+    maps = {"miso_us_uart_map": [3, 0, 1, 2], "miso_ds_uart_map": [1, 2, 3, 0], "mosi_uart_map": [2, 3, 0, 1]}
+    for tile in (1, 2):
+        channels = {}
+        for io_channel in range(4 * tile - 3, 4 * tile + 1):
+            chips = [10 * (io_channel % 4) + 11 + n for n in range(3)]
+            nodes = [{"chip_id": "ext", "root": True, "miso_us": [None, None, None, chips[0]]}]
+            nodes += [{"chip_id": a, "miso_us": [None, None, None, b]} for a, b in pairwise(chips)]
+            channels[str(io_channel)] = {"nodes": [*nodes, {"chip_id": chips[-1]}]}
+        head = {"_config_type": "controller", "name": f"tile-{tile}.json", "asic_version": 2, "layout": "2.5.0"}
+        (tmp_path / f"tile-{tile}.json").write_text(json.dumps({**head, "network": {"1": channels, **maps}}))
+    both = tmp_path / "config.json"
+    both.write_text(json.dumps({"_config_type": "controller", "_include": ["tile-1.json", "tile-2.json"]}))
+    with emulator("--chips", str(both), "--power-on") as board, system(tmp_path) as made:
+        operator = made.start("--pacman", *board.addresses, "--asic", "2")
+        assert operator.load_board(str(both)).result(LIMIT)["chips"] == 24
+        assert operator.configure_network().result(SLOW)["ok"]
+        assert operator.validate_configuration().result(SLOW)["ok"]
+        both.write_text(json.dumps({"_config_type": "controller", "_include": ["tile-1.json", "tile-3.json"]}))
+        with pytest.raises(RequestError, match=r"it includes tile-3\.json, which is neither here nor beside it"):
+            operator.load_board(str(both)).result(LIMIT)
+        assert operator.validate_configuration().result(SLOW)["ok"], "the board of before stays loaded"
 
 
 @pytest.fixture
@@ -449,7 +477,7 @@ found.append(len(hits()) > 4 * (high + 50))
 write(threshold_global=110, pixel_trim_dac=[16] * 64)
 while hits():
     pass
-write(periodic_trigger_mask=[0] * 64, periodic_trigger_cycles=1000000, enable_periodic_trigger=1)
+write(periodic_trigger_mask=[0] * 64, periodic_trigger_cycles=1000000, enable_hit_veto=0, enable_periodic_trigger=1)
 pedestals = hits(1.0)
 write(enable_periodic_trigger=0)
 found += [sorted({p.channel_id for p in pedestals}), {p.trigger_type for p in pedestals} == {3}]

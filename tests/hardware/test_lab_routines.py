@@ -191,7 +191,8 @@ def test_links_are_judged_by_their_own_errors(line, tmp_path):
     links = first_links(json.loads(Path(first.network).read_text()))
     noisy = next(link for link in links if any(other.startswith(link.split("/")[1] + "/") for other in links))
     (tmp_path / "noisy").mkdir()
-    tile = Tile(line, tmp_path / "noisy", "--noisy-links", f"{noisy}={FLIPS}")
+    towards_the_board = "/".join(reversed(noisy.split("/")))
+    tile = Tile(line, tmp_path / "noisy", "--flipping-links", towards_the_board, "--flips", str(FLIPS))
     try:
         result = tile.run("link_quality", words=3000, directory=str(tmp_path))
         errors = {name: link for name, link in result["links"].items() if link["errors"] > 5 * link["error"]}

@@ -244,12 +244,12 @@ def test_bad_chips_and_links_are_named_through_the_whole_system(line, tmp_path):
     faults = {
         "--dead-chips": "1-2-42",
         "--one-way-links": "1-1-13/1-1-23",
-        "--flipping-links": "1-3-72/1-3-73",
+        "--flipping-links": "1-3-72/1-3-73,1-3-73/1-3-72",
         "--impostors": "1-3-75=104",
         "--stuck-bits": "1-2-55:122.7=1",
     }
     planted = [text for fault in faults.items() for text in fault]
-    with emulator("--chips", "100", "--power-on", "--flips", "0.5", *planted) as board:
+    with emulator("--chips", "100", "--power-on", "--flips", "0.01", *planted) as board:
         operator = start(line, board)
         found = operator.discover_network(str(tmp_path / "found.json")).result(SLOW)
         (tile,) = found["tiles"]

@@ -10,7 +10,10 @@ from larpix import Controller
 from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.routines.kit import Chips
 
-TRIGGERS = ("external_trigger_mask", "enable_cross_trigger", "cross_trigger_mode", "enable_periodic_trigger")
+TRIGGERS = (
+    *("external_trigger_mask", "enable_cross_trigger", "cross_trigger_mode", "enable_periodic_trigger"),
+    "adc_burst_length",
+)
 KEYS = ["1-1-11", "1-1-12"]
 
 
@@ -44,7 +47,7 @@ def chips(request):
 def test_triggers_are_off_during_a_measurement_and_restored_after_an_error(chips, known):
     channels, device = chips.channels, chips.controller.io
     off = device.values_by_name()
-    on = {"external_trigger_mask": 0, "cross_trigger": 1}
+    on = {"external_trigger_mask": 0, "cross_trigger": 1, "burst": 4}
     on |= {"periodic_trigger": 1} if chips.has("periodic_trigger") else {}
     chips.set(**on)
     left_on = device.values_by_name()

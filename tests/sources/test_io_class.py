@@ -286,6 +286,7 @@ def test_larpix_controls_own_class_reads_and_configures_a_board(tmp_path):
             triggers = {
                 "periodic_trigger_mask": [0] * 64,
                 "periodic_trigger_cycles": 100_000,
+                "enable_hit_veto": 0,
                 "enable_periodic_trigger": 1,
             }
             operator.send_configuration({"all": triggers}).result(LIMIT)

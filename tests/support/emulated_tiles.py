@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from larpixdaq.emulators.chips import EmulatedChips
+from larpixdaq.emulators.detector import DEFAULT_FLIPS
 from larpixdaq.emulators.network import Wiring, tile_wiring
 from larpixdaq.hardware.producer_link import BoardError
 from larpixdaq.hardware.tile_shape import OPPOSITE
@@ -66,7 +67,8 @@ class EmulatedTile:
             self.wiring.flipping |= {(number[a], number[b]), (number[b], number[a])}
         self.wiring.also |= {number[chip]: other for chip, other in (also or {}).items()}
         stuck = [(number[chip], *bit) for chip, *bit in stuck]
-        self.chips = EmulatedChips(self.wiring, asic, dead=self.dead, stuck=stuck, powered=True, flips=0.2, seed=seed)
+        faults = {"dead": self.dead, "stuck": stuck, "flips": DEFAULT_FLIPS}
+        self.chips = EmulatedChips(self.wiring, asic, powered=True, seed=seed, **faults)
 
     def wires(self):
         """Sender and receiver of the wires between living chips, by chip_id."""

@@ -10,6 +10,7 @@ from system import rows_of, system
 from larpixdaq.control.catalogue import read_audit
 from larpixdaq.errors import RequestError
 
+SLOW = 120.0
 #: Low DACs, so that ramps are short: 0.39 and 0.31 V.
 LOW = {"vdda_dac": 10_000, "vddd_dac": 8_000}
 
@@ -148,3 +149,32 @@ def test_boards_with_chips_of_two_generations_are_read_by_two_producers_in_one_r
             assert not len(opened["configs"])
         found = {(int(row["io_group"]), row["asic"].decode()) for row in configs}
         assert found == {(1, "2"), (2, "2b")}
+
+
+def test_a_board_with_32_uarts_has_the_clocks_of_the_right_io_channels(tmp_path):
+    """Four tiles, the last two without their fourth io_channel. UARTs from the 12th on have other numbers."""
+    network = tmp_path / "network.json"
+    chips = ("--chips", "400", "--asic", "2b", "--revision", "5u32", "--power-on", "--write-network", str(network))
+    with emulator(*chips) as board, system(tmp_path) as started:
+        operator = started.start("--pacman", *board.addresses, "--asic", "2b", "--pacman-uarts", "32")
+        loaded = operator.load_board(str(network)).result(LIMIT)
+        assert loaded["chips"] == 400
+        result = operator.configure_network().result(SLOW)
+        assert result["ok"], result
+        keys = operator.retrieve_configuration(None, "chip_id").result(LIMIT)
+        lines = {int(key.split("-")[1]) for key in keys}
+        assert lines == {*range(1, 12), 13, 14, 15}
+        operator.set_uart_clock(4, io_channel=13).result(LIMIT)
+        silent = operator.validate_configuration(None, "chip_id").result(SLOW)["silent"]
+        assert silent == [key for key in keys if key.startswith("1-13-")]
+        operator.set_uart_clock(2, io_channel=13).result(LIMIT)
+        operator.set_uarts(15, receive=False).result(LIMIT)
+        silent = operator.validate_configuration(None, "chip_id").result(SLOW)["silent"]
+        assert silent == [key for key in keys if key.startswith("1-15-")]
+        operator.set_uarts(15, receive=True).result(LIMIT)
+        assert operator.validate_configuration(None, "chip_id").result(SLOW)["ok"]
+        with pytest.raises(RequestError, match="without 12, 16, 20 and so on, found 12"):
+            operator.set_uart_clock(2, io_channel=12).result(LIMIT)
+        found = operator.discover_network(str(tmp_path / "found.json"), tiles=2).result(SLOW)
+        assert (found["chips"], found["faults"]) == (100, [])
+        assert found["tiles"][0]["roots"] == {"9": 21, "10": 41, "11": 71}

@@ -23,6 +23,8 @@ NAMES: Final = {
     "periodic_trigger_mask": ("periodic_trigger_mask",),
     "rolling_trigger": ("enable_rolling_periodic_trigger",),
     "external_trigger_mask": ("external_trigger_mask",),
+    "hit_veto": ("enable_hit_veto",),
+    "burst": ("adc_burst_length",),
     "cross_trigger": ("enable_cross_trigger", "cross_trigger_mode"),
     "testpulse_enable": ("csa_testpulse_enable",),
     "testpulse_dac": ("csa_testpulse_dac", "csa_testpulse_dac_amplitude"),
@@ -31,8 +33,14 @@ NAMES: Final = {
 }
 #: Counts of the chips' 8-bit DACs, and of the ADC of v2 chips.
 COUNTS: Final = 256
-#: Register values that switch off all triggers but natural ones.
-_UNTRIGGERED: Final = {"periodic_trigger": 0, "rolling_trigger": 0, "cross_trigger": 0, "external_trigger_mask": 1}
+#: Register values that switch off all triggers but natural ones, and bursts, so that each trigger is one packet.
+_UNTRIGGERED: Final = {
+    "periodic_trigger": 0,
+    "rolling_trigger": 0,
+    "cross_trigger": 0,
+    "external_trigger_mask": 1,
+    "burst": 0,
+}
 
 
 class Chips:
@@ -173,7 +181,7 @@ class Chips:
 
     @contextlib.contextmanager
     def untriggered(self) -> Iterator[None]:
-        """Turn off periodic, external and cross triggers inside the `with` block, and restore them after it.
+        """Turn off periodic, external and cross triggers and bursts inside the `with` block, and restore them after it.
 
         The registers are written in any case, because an aborted routine may have left other values in the chips.
         """
