@@ -25,6 +25,7 @@ from larpixdaq.hardware.power_up import PowerActions
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.hardware.register_io import BATCH, RegisterExchange, interleave
 from larpixdaq.hardware.register_map import ChipRegisters
+from larpixdaq.hardware.register_tables import Packet_v3
 from larpixdaq.protocol import hardware
 from larpixdaq.routines._former_names import refuse_unknown_names
 from larpixdaq.schema import Asic, PacketType, types_of
@@ -49,7 +50,7 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         self._layout = layout
         self._io_group_table = bidict.bidict(self.names)
         self.registers = registers
-        self._asic = registers.generation
+        self._asic = Asic(link.setup.generation)  # of the rows' decoder, which may know the mode fifo diagnostics
         #: None, "all" or "answers"; takes effect at the next start_listening().
         self.listen_to: str | None = None
         self._everything = False
@@ -57,7 +58,8 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         self.marks: dict[int, str] = {}
         #: Number of the last mark of a measurement. Consecutive marks ask for different registers.
         self.mark_number = 0
-        kinds = [Packet_v1()] if self._asic == Asic.V1 else [Packet_v2(), SyncPacket(), TriggerPacket()]
+        self._kind = {Asic.V1: Packet_v1, Asic.V3: Packet_v3}.get(self._asic, Packet_v2)
+        kinds = [self._kind()] if self._asic == Asic.V1 else [self._kind(), SyncPacket(), TriggerPacket()]
         refuse_unknown_names(PacketCollection, [*kinds, TimestampPacket()], _ADDED_NAMES)
 
     def power_up(
@@ -208,11 +210,11 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
                 word, at = data[at : at + 8], at + 8
                 if row["direction"] == 0:
                     continue
+                packet = self._kind(word[:7] if v1 else word)
                 if v1:
-                    packet = Packet_v1(word[:7])
                     io_group, io_channel = (int(part) for part in row["chip_key"].split(b"-")[:2])
                 else:
-                    packet = Packet_v2(word)
+                    packet.fifo_diagnostics_enabled = self._asic == Asic.V2_DIAGNOSTICS
                     packet.receipt_timestamp = int(row["receipt_timestamp"])
                     io_group, io_channel = int(row["io_group"]), int(row["io_channel"])
                 packet.io_group, packet.io_channel = io_group, io_channel

@@ -1,4 +1,4 @@
-"""Registers of chips that larpix-control 3.7 does not know, as Configuration classes and a Controller for it.
+"""Registers and packets of chips that larpix-control 3.7 does not know, as classes and a Controller for it.
 
 larpix-control sets up these chips as its 2b chips, whose network registers have the same names and addresses. Import
 this module late, because larpix-control takes a second.
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 from larpix import Controller
 from larpix.bitarrayhelper import fromuint
 from larpix.configuration import BaseConfiguration_v2, _Smart_List
+from larpix.packet import Packet_v2
 
 #: Generation as larpix-control is told.
 LARPIX_CONTROL_VERSION: Final = "2b"
@@ -345,3 +346,37 @@ class TableController(Controller):  # type: ignore[misc]
             setattr(chip.config, name, termination)
         addresses = [address for name in names for address in chip.config.register_map[name]]
         self.send(chip.get_configuration_write_packets(addresses))
+
+
+class Packet_v3(Packet_v2):  # type: ignore[misc]
+    """A packet of a v3 chip: larpix-control's Packet_v2 with the data fields at their places in v3 packets."""
+
+    asic_version = 3
+    DATA_PACKET = 1
+    TEST_PACKET = 0  # v3 chips send none
+    timestamp_bits = slice(16, 44)
+    first_packet_bits = slice(43, 44)
+    dataword_bits = slice(46, 56)
+
+    @property
+    def reset_sample_flag(self) -> int:
+        """1 for the sample of a channel's reset, in correlated double sampling."""
+        return int(self.bits[44])
+
+    @property
+    def cds_flag(self) -> int:
+        """1 for a sample with correlated double sampling."""
+        return int(self.bits[45])
+
+    def export(self) -> dict[str, Any]:
+        """Return the fields as larpix-control does, with the two flags of data packets."""
+        flags = {"reset_sample_flag": self.reset_sample_flag, "cds_flag": self.cds_flag}
+        exported: dict[str, Any] = super().export()
+        return exported | (flags if self.packet_type == self.DATA_PACKET else {})
+
+    def __repr__(self) -> str:
+        return f"Packet_v3({self.bytes()})"
+
+
+for _name in ("first_packet", "dataword"):  # larpix-control's properties have the places of v2
+    setattr(Packet_v3, _name, property(Packet_v3._basic_getter(_name), Packet_v3._basic_setter(_name)))

@@ -27,6 +27,9 @@ _WORD_BYTES: Final = 16
 _REGISTER: Final = struct.Struct("<c3xI4xI")
 #: Registers of the firmware's version: major, minor, build, debug. Before v1.4 all of them read 0.
 _VERSION: Final = (0x0, 0x4, 0x8, 0xC)
+#: These registers of the firmware uci_rev5 of larpix/pacman (77621a9): its transmitters take a tile and a UART in place
+#: of the io_channel, and its receivers give no io_channel.
+_UCI_REV5: Final = [4, 0, 0x1024_2024, 0x1024_2024]
 #: Register with the revision of the register map: 5, and 0 on boards of revisions 2 to 4.
 _MAP: Final = 0x24220
 
@@ -53,8 +56,15 @@ class PacmanChannel(RequestChannel):
         self.uarts = uarts
         self._board_format = board_format
         self._sent = 0
+        self._uci_rev5 = False
 
     def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
+        if self._uci_rev5:
+            self._refuse(
+                "its firmware (uci_rev5) numbers io_channels in another way: the words would reach chips of other "
+                "tiles, and answers would not tell their io_channel"
+            )
+            return
         message = np.zeros(len(words), _WORD)
         message["type"] = b"D"
         message["io_channel"] = io_channels
@@ -78,7 +88,10 @@ class PacmanChannel(RequestChannel):
         return b"".join(_REGISTER.pack(b"R", register, 0) for register in (*_VERSION, _MAP))
 
     def firmware(self, answer: bytes) -> str:
-        return " ".join(f"{value:#x}" for value in self._values(answer)[: len(_VERSION)])
+        """Return the firmware's version. From then on words for chips are refused if it does not know io_channels."""
+        version = self._values(answer)[: len(_VERSION)]
+        self._uci_rev5 = version == _UCI_REV5
+        return " ".join(f"{value:#x}" for value in version)
 
     def identity(self, answer: bytes) -> str:
         return f"firmware {self.firmware(answer)}, register map {self._values(answer)[-1]}"

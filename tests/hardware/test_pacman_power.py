@@ -1,7 +1,7 @@
 """Power, DACs, resets and clocks of PACMAN boards of each revision, on models of their command servers' registers."""
 
 import pytest
-from pacman_server_models import MODELS, Boards, Crash
+from pacman_server_models import MODELS, WORD, Boards, Crash
 
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware import power as power_module
@@ -179,6 +179,25 @@ def test_time_limits_of_channels_grow_with_the_time_that_a_board_needs():
             line.send_raw(bytes(16), seconds)
             due.append(line.due())
         assert 15 < due[1] - due[0] < 17
+    finally:
+        line.close()
+
+
+def test_words_for_chips_are_refused_by_a_firmware_that_numbers_io_channels_in_another_way():
+    import numpy as np
+
+    from larpixdaq.sources.command_channel import HostLookup
+    from larpixdaq.sources.pacman import PacmanChannel
+
+    line = PacmanChannel(1, HostLookup("127.0.0.1"), 1)
+    try:
+        for version, refused in (([4, 0, 0x10242024, 0x10242024], True), ([894] * 4, False)):
+            answer = b"".join(WORD.pack(b"R", 4 * at, value) for at, value in enumerate(version))
+            line.firmware(answer)
+            line.send_words(np.ones(1, np.uint8), np.ones(1, np.uint64))
+            reply = line.take()
+            assert (reply is not None) == refused
+            assert not refused or "firmware (uci_rev5) numbers io_channels in another way" in reply.error
     finally:
         line.close()
 
