@@ -5,7 +5,7 @@ The interface is documented in decoders.pyi; the formats are in pacman_decoder.p
 
 cimport cython
 from libc.math cimport INFINITY
-from libc.stdint cimport uint8_t, uint32_t, uint64_t, UINT32_MAX
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, UINT32_MAX
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memmove, memset
 
@@ -363,3 +363,25 @@ def split_log(const uint8_t[::1] buffer not None):
         view[n].length = <uint32_t>length
         at += 4 + length
     return spans, at
+
+
+def count_words(const uint8_t[::1] buffer not None, const Span[::1] spans not None):
+    cdef Py_ssize_t i, length, size = buffer.shape[0], words = 0, others = 0
+    cdef const uint8_t* at
+    cdef uint16_t counted
+    for i in range(spans.shape[0]):
+        length = spans[i].length
+        if <Py_ssize_t>spans[i].start + length > size:
+            raise ValueError(f"span {i}: {length} bytes from {spans[i].start} on, of a buffer of {size}")
+        at = &buffer[0] + spans[i].start if length else NULL
+        if length < 8 or at[0] != c'D':
+            others += 1
+            continue
+        memcpy(&counted, at + 6, 2)
+        if length == 8 + 16 * <Py_ssize_t>counted:
+            words += counted
+        elif length >= 24 and at[2] == 1 and at[3] == 0 and length == 24 + <Py_ssize_t>load32(at + 4) and length % 24 == 0:
+            words += length // 24 - 1
+        else:
+            others += 1
+    return words, others

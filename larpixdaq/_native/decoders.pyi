@@ -133,3 +133,9 @@ def split_log(buffer: Any) -> tuple[NDArray[Any], int]:
     The second value is the number of bytes of these messages with their lengths. The bytes after them are an incomplete
     message, or begin beyond 4 GiB, where spans end: pass them again, with the next bytes of the file.
     """
+
+def count_words(buffer: Any, spans: NDArray[Any]) -> tuple[int, int]:
+    """Count the words of PACMAN messages by their headers and lengths alone, without decoding them.
+
+    Returns the words of all data messages whose header agrees with their length, and the number of the other messages.
+    """

@@ -22,6 +22,7 @@ _COMMANDS: Final = {
     "run_sequence": ("run",),
     "qc": ("qc",),
     "files": ("verify", "recover", "raw", "info"),
+    "convert": ("convert",),
     "plot": ("plot", "hot"),
     "snapshots": ("snapshot",),
     "shell": ("shell",),

@@ -211,10 +211,12 @@ def _info_lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         return
     texts = dict(facts["texts"])
     kind = texts.pop("kind", "")
-    yield "run", f"{facts['run']}{f' ({kind})' if kind else ''}, part {facts['part']}"
+    if facts["run"]:  # not known of most converted recordings
+        yield "run", f"{facts['run']}{f' ({kind})' if kind else ''}, part {facts['part']}"
     yield "condition", facts["condition"]
     yield from listed("", facts["reasons"])
-    yield "started", facts["started"]
+    if facts["started_ns"]:
+        yield "started", facts["started"]
     yield "closed", facts["closed"] or "not yet"
     if facts["begun"]:
         yield "begun", facts["begun"]

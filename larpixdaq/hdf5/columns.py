@@ -136,7 +136,7 @@ TABLES: Final[dict[str, dict[str, Entry]]] = {
     "run/sources": {
         "producer": _SOURCE["producer"],
         "io_group": ("", "board, from 1"),
-        "kind": ("", "PACMAN, Bern board, serial, IO class, fake, replay"),
+        "kind": ("", "PACMAN, Bern board, serial, IO class, fake, replay, or recording in converted files"),
         "address": ("", "network address, device, class with its arguments, or files"),
         "host": ("", "host on which the producer runs"),
         "firmware": ("", "PACMAN: registers 0x0 to 0xC; empty: unknown"),

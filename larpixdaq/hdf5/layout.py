@@ -94,6 +94,8 @@ SOURCES: Final = np.dtype(
 )
 #: Name of the texts that are comments of the e-log, in JSON: protocol.reports.Comment.
 E_LOG: Final = "e-log"
+#: Name of the text with the recording from which a file was converted. Such a file belongs to no run of a storage.
+CONVERTED: Final = "converted from"
 #: Name of the text with the number of chunks that came packed, and were written without being unpacked.
 UNREAD: Final = "unread chunks"
 TEXTS: Final = np.dtype([("name", "S64"), ("piece", "<u4"), ("text", f"S{TEXT_BYTES}"), ("written_ns", "<u8")])
@@ -184,12 +186,12 @@ PACKET_TYPES: Final = "\n" + "\n".join(f"{code}: '{name}'," for code, name in en
 #: Registers of a chip in /configs, where these are not 239 as in all files that larpix-control can write.
 _REGISTERS: Final = {"2b": 256}
 #: Names of chip generations in larpix-control, where they differ from those of --asic.
-_NAMES: Final = {"lightpix-1": "lightpix-v1.0"}
+NAMES: Final = {"lightpix-1": "lightpix-v1.0"}
 
 
 def configs_name(asic_version: str) -> str:
     """Return the attribute asic_version of /configs for a chip generation as --asic names it."""
-    return _NAMES.get(asic_version, asic_version)
+    return NAMES.get(asic_version, asic_version)
 
 
 def configs_dtype(asic_version: str) -> np.dtype[Any]:

@@ -23,16 +23,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq._native import word_codec
-from larpixdaq._native.decoders import split_log
+from larpixdaq._native.decoders import count_words, split_log
+from larpixdaq._native.global_heap import HeapReader
 from larpixdaq.constants import IO_GROUPS
 from larpixdaq.errors import ConfigError, FileError, cause
+from larpixdaq.hdf5 import layout as own_layout
 from larpixdaq.hdf5 import reader
-from larpixdaq.schema import ASICS, LAYOUTS, SPAN, Asic, PacketType, RowLayout
+from larpixdaq.protocol.stream import REGISTERS, SENT
+from larpixdaq.runtime.record_file import zlib_library
+from larpixdaq.schema import ASICS, LAYOUTS, SPAN, TEXT_BYTES, Asic, PacketType, RowLayout, layout_of
 
-#: Bytes of messages that a piece of a raw file aims at, and maximum messages of a piece. Lengths are not known before
-#: a piece is read: one of the longest messages (1 MB) after short ones takes 512 MB for a moment.
+#: Bytes of messages that a piece of a raw file aims at, and maximum messages of a piece.
 _PIECE_BYTES: Final = 8 << 20
-_PIECE_MESSAGES: Final = 512
+_PIECE_MESSAGES: Final = 16_384
+#: The same where HDF5 reads the messages. Lengths are not known before a piece is read: one of the longest messages
+#: (1 MB) after short ones takes 512 MB for a moment.
+_SLOW_PIECE_MESSAGES: Final = 512
+#: Maximum bytes of a message of a raw file. No board sends as many, but another program may store anything.
+_MOST_BYTES: Final = 64 << 20
+#: A message in /msgs, as it is in the file: bytes, address of a global heap collection, and number in there.
+REFERENCE: Final = np.dtype([("length", "<u4"), ("address", "<u8"), ("number", "<u4")])
+#: Attributes of a recording's file that describe_file() tells.
+_ATTRIBUTES: Final = ("created", "run", "subrun", "data_stream", "software", "io_version", "asic_version")
 #: Rows of a piece of a packet file: a few megabytes.
 _PIECE_ROWS: Final = 65_536
 #: Bytes of a log that are read at once.
@@ -105,12 +117,62 @@ def open_recording(path: Path) -> RawFile | PacketFile | None:
         raise FileError(f"{path}: damaged HDF5 file: {cause(error)}") from None
 
 
+class Contents:
+    """What the pieces of a recording have had so far, counted before anything is decoded."""
+
+    def __init__(self) -> None:
+        self.fraction = 0.0  # of the recording
+        self.messages = 0  # board messages; in a packet file its rows of type 4
+        self.bytes = 0  # of messages
+        #: Words of messages whose header agrees with their length; in a packet file its rows of types 0 to 3, 6 and 7.
+        self.words = 0
+        self.unclear = 0  # messages whose header does not
+        self.info = 0  # rows of INFO messages of a packet file
+        self.left_out = 0  # rows of a packet file that no word can look like
+
+    def add(self, data: NDArray[np.uint8], spans: NDArray[Any], fraction: float) -> None:
+        words, unclear = count_words(data, spans)
+        self.messages += len(spans)
+        self.bytes += int(spans["length"].sum(dtype=np.int64))
+        self.words += words
+        self.unclear += unclear
+        self.fraction = fraction
+
+    def add_rows(self, kinds: NDArray[Any], fraction: float) -> None:
+        messages, info = (int(np.count_nonzero(kinds == kind)) for kind in (PacketType.TIMESTAMP, PacketType.MESSAGE))
+        self.messages += messages
+        self.info += info
+        self.words += len(kinds) - messages - info
+        self.fraction = fraction
+
+
+def _version_number(version: str) -> tuple[int, ...] | None:
+    """Return the parts of a version as numbers; None for another text."""
+    parts = version.split(".")
+    return tuple(map(int, parts)) if all(part.isdecimal() and len(part) < 10 for part in parts) else None
+
+
+def _describe_file(file: h5py.File, *groups: str, names: Collection[str] = _ATTRIBUTES) -> dict[str, str]:
+    """Return attributes of a recording's file as texts. What is not there or cannot be read is left out."""
+    found = {}
+    for group in groups:
+        for name in names:
+            with contextlib.suppress(OSError, RuntimeError, KeyError, ValueError, TypeError):
+                value = file[group].attrs[name]
+                if isinstance(value, str | int | float | np.integer | np.floating):
+                    found[name] = str(value)[:TEXT_BYTES]
+    return found
+
+
 class RawFile:
     """Raw file, open for reading until close(). FileError in one line when it is damaged or has other columns."""
 
     def __init__(self, path: Path, file: h5py.File) -> None:
         self.path = path
         self.hdf5 = file
+        self.contents = Contents()
+        self._version = _describe_file(file, "meta", names=("version",)).get("version", "0.0")
+        self._only_group: int | None = None  # when all messages have this io_group
         messages = file["msgs"]
         if h5py.check_vlen_dtype(messages.dtype) != np.uint8:
             raise FileError(f"{path}: raw file without /msgs of bytes")
@@ -128,29 +190,128 @@ class RawFile:
 
     def io_groups(self, default: int) -> tuple[int, ...]:
         """Return the io_groups of the messages; `default` is that of a file without io_groups."""
-        groups: set[int] = set()
+        found = np.zeros(IO_GROUPS, np.int64)
         for start in range(0, self.messages, 1 << 20):
-            groups.update(np.unique(self._groups(start, min(start + (1 << 20), self.messages), default)).tolist())
-        return tuple(sorted(groups)) or (default,)
+            some = self._groups(start, min(start + (1 << 20), self.messages), default)
+            found += np.bincount(some, minlength=IO_GROUPS)
+        groups = tuple(np.flatnonzero(found).tolist()) or (default,)
+        self._only_group = groups[0] if len(groups) == 1 else None
+        return groups
+
+    @property
+    def version(self) -> str:
+        return f"raw file (rawhdf5format {self._version})"
+
+    @property
+    def version_number(self) -> tuple[int, ...] | None:
+        return _version_number(self._version)
+
+    def description(self) -> dict[str, str]:
+        """Return the attributes of the file that tell of its origin."""
+        return _describe_file(self.hdf5, "meta")
 
     def pieces(self, default: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.uint8]]]:
-        """Read all messages in pieces, each the bytes, spans (dtype schema.SPAN) and io_groups of some messages."""
-        start, count = 0, 64
+        """Read all messages in pieces, each the bytes, spans (dtype schema.SPAN) and io_groups of some messages.
+
+        The references in /msgs and their global heaps are read directly, which for short messages is ten times as fast.
+        From the first message that cannot be read so, HDF5 reads them, and says what is wrong.
+        """
+        self.contents = Contents()
+        start = 0
+        for data, lengths in self._direct_pieces():
+            yield self._piece(data, lengths, start, default)
+            start += len(lengths)
+        count = 1 if start else 64
         while start < self.messages:
             end = min(start + count, self.messages)
             messages = _read(self.path, "messages", self._messages, start, end)
             lengths = np.fromiter(map(len, messages), np.uint32, end - start)
-            spans = np.empty(end - start, SPAN)
-            spans["length"] = lengths
-            spans["start"] = np.cumsum(lengths) - lengths
-            buffer = np.concatenate([*messages, _NO_BYTES], dtype=np.uint8)
-            yield buffer, spans, self._groups(start, end, default)
+            data = np.concatenate([*messages, _NO_BYTES], dtype=np.uint8)
+            yield self._piece(data, lengths, start, default)
             start = end
-            count = int(np.clip(count * _PIECE_BYTES // max(len(buffer), 1), 1, _PIECE_MESSAGES))
+            count = int(np.clip(count * _PIECE_BYTES // max(len(data), 1), 1, _SLOW_PIECE_MESSAGES))
+
+    def _piece(
+        self, data: NDArray[np.uint8], lengths: NDArray[np.uint32], start: int, default: int
+    ) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.uint8]]:
+        spans = np.empty(len(lengths), SPAN)
+        spans["length"] = lengths
+        spans["start"] = np.cumsum(lengths) - lengths
+        end = start + len(lengths)
+        groups = self._groups(start, end, default)
+        self.contents.add(data, spans, end / self.messages)
+        return data, spans, groups
+
+    def _direct_pieces(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint32]]]:
+        """Yield the bytes and lengths of messages, up to the first one that HDF5 must read."""
+        heaps = self._heaps()
+        if heaps is None:
+            return
+        waiting = np.empty(0, REFERENCE)
+        fetched, unusual = 0, False
+        while True:
+            while (
+                not unusual
+                and fetched < self.messages
+                and len(waiting) < _PIECE_MESSAGES
+                and waiting["length"].sum() < _PIECE_BYTES
+            ):
+                references = self._references(fetched)
+                if references is None:
+                    unusual = True
+                    break
+                waiting = np.concatenate((waiting, references))
+                fetched += len(references)
+            if not len(waiting):
+                return
+            ends = np.cumsum(waiting["length"], dtype=np.int64)
+            count = min(max(1, int(np.searchsorted(ends, _PIECE_BYTES, "right"))), _PIECE_MESSAGES)
+            if ends[count - 1] > _PIECE_BYTES + _MOST_BYTES:
+                place = fetched - len(waiting) + count - 1
+                raise FileError(
+                    f"{self.path}: message {place} has {ends[count - 1]} bytes, expected at most {_MOST_BYTES}"
+                )
+            data = np.empty(int(ends[count - 1]), np.uint8)
+            references, waiting = waiting[:count], waiting[count:]
+            read = heaps.read(references, data)
+            yield data[: int(ends[read - 1]) if read else 0], references["length"][:read]
+            if read < count:
+                return
+
+    def _heaps(self) -> HeapReader | None:
+        """Return the reader of global heaps; None for a file with other sizes, chunks or filters than usual."""
+        try:
+            properties = self._messages.id.get_create_plist()
+            self._filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
+            usual = (
+                self.hdf5.driver == "sec2"
+                and self.hdf5.id.get_create_plist().get_sizes() == (8, 8)
+                and self._messages.chunks is not None
+                and self._filters in ([], [h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE])
+            )
+            return HeapReader(self.hdf5.id.get_vfd_handle(), self.hdf5.userblock_size) if usual else None
+        except (OSError, RuntimeError, ValueError, AttributeError):
+            return None
+
+    def _references(self, start: int) -> NDArray[Any] | None:
+        """Read the references of one chunk of /msgs, from message `start` on; None if HDF5 must read them."""
+        rows = self._messages.chunks[0]
+        size = rows * REFERENCE.itemsize
+        try:
+            skipped, data = self._messages.id.read_direct_chunk((start,))
+            if self._filters:
+                data = zlib_library.decompressobj().decompress(data, size + 1)
+        except (OSError, RuntimeError, ValueError, zlib_library.error):
+            return None
+        if skipped or len(data) != size:
+            return None
+        if self._filters[:1] == [h5py.h5z.FILTER_SHUFFLE]:
+            data = np.frombuffer(data, np.uint8).reshape(REFERENCE.itemsize, rows).T.tobytes()
+        return np.frombuffer(data, REFERENCE)[: self.messages - start]
 
     def _groups(self, start: int, end: int, default: int) -> NDArray[np.uint8]:
-        if self._headers is None:
-            return np.full(end - start, default, np.uint8)
+        if self._headers is None or self._only_group is not None:
+            return np.full(end - start, default if self._only_group is None else self._only_group, np.uint8)
         return np.ascontiguousarray(_read(self.path, "io_groups", self._headers, start, end)["io_groups"], np.uint8)
 
     def close(self) -> None:
@@ -174,35 +335,81 @@ class PacketFile:
         ):
             raise FileError(f"{path}: packet file without /packets of known columns")
         self._packets = packets
+        self.contents = Contents()
+        #: Whether larpix-daq wrote the file.
+        self.own = "run" in file
         #: INFO rows without a text in /messages, among the rows that pieces() has read.
         self.textless = 0
         self.rows = len(packets)
         header = file.get("_header")
-        self.version = str(header.attrs.get("version", "")) if header is not None else ""
-        self.asic = chip_generation(names, self.version)
-        self._wide = "receipt_timestamp" in names and packets.dtype["receipt_timestamp"].itemsize > 4
+        self._version = str(header.attrs.get("version", "")) if header is not None else ""
+        self.asic = chip_generation(names, self._version)
+        #: Columns that the layout of these chips does not have.
+        self.unknown_columns = sorted(names - set(layout_of(self.asic).dtype.names or ()))
+        #: Whether receipt timestamps have 64 bits.
+        self.wide = "receipt_timestamp" in names and packets.dtype["receipt_timestamp"].itemsize > 4
         self._directions = self._has_directions()
 
     def check(self, asic: Asic, layout: RowLayout) -> None:
         """ConfigError, naming the missing option, when the packets are of other chips or of a wider clock."""
         if self.asic != (Asic.V2 if asic == Asic.V2_DIAGNOSTICS else asic):
             option = next(name for name, code in ASICS.items() if code == self.asic)
-            raise ConfigError(
-                f"{self.path}: packets of v{option} chips (LArPix+HDF5 {self.version}): give --asic {option}"
-            )
-        if self._wide and asic != Asic.V1 and layout.dtype["receipt_timestamp"].itemsize == 4:
+            raise ConfigError(f"{self.path}: packets of v{option} chips ({self.version}): give --asic {option}")
+        if self.wide and asic != Asic.V1 and layout.dtype["receipt_timestamp"].itemsize == 4:
             raise ConfigError(f"{self.path}: receipt timestamps of 64 bits: give --clock64")
-        if "fifo_diagnostics_enabled" in self._packets.dtype.names:
-            rows = self._read_piece(0)
-            diagnostics = rows["fifo_diagnostics_enabled"][rows["packet_type"] < PacketType.TIMESTAMP]
-            # The majority decides, so that a damaged row does not.
-            if len(diagnostics) and (diagnostics.mean() > 0.5) != (asic == Asic.V2_DIAGNOSTICS):
-                advice = (
-                    "packets not in fifo diagnostics mode: leave out"
-                    if asic == Asic.V2_DIAGNOSTICS
-                    else "packets in fifo diagnostics mode: give"
-                )
-                raise ConfigError(f"{self.path}: {advice} --fifo-diagnostics")
+        diagnostics = self.diagnostics()
+        if diagnostics is not None and diagnostics != (asic == Asic.V2_DIAGNOSTICS):
+            advice = (
+                "packets not in fifo diagnostics mode: leave out"
+                if asic == Asic.V2_DIAGNOSTICS
+                else "packets in fifo diagnostics mode: give"
+            )
+            raise ConfigError(f"{self.path}: {advice} --fifo-diagnostics")
+
+    @property
+    def version(self) -> str:
+        return f"LArPix+HDF5 {self._version}".rstrip()
+
+    @property
+    def version_number(self) -> tuple[int, ...] | None:
+        return _version_number(self._version)
+
+    def diagnostics(self) -> bool | None:
+        """Return whether the chips were in the mode fifo diagnostics, by the first rows; None if they do not tell."""
+        if "fifo_diagnostics_enabled" not in self._packets.dtype.names:
+            return None
+        rows = self._read_piece(0)
+        found = rows["fifo_diagnostics_enabled"][rows["packet_type"] < PacketType.TIMESTAMP]
+        # The majority decides, so that a damaged row does not.
+        return bool(found.mean() > 0.5) if len(found) else None
+
+    def description(self) -> dict[str, str]:
+        """Return the attributes of the file that tell of its origin."""
+        return _describe_file(self._file, "meta", "_header")
+
+    def configurations(self) -> tuple[str, NDArray[Any]]:
+        """Return the chip configurations in /configs: the chip generation as --asic names it, and rows of /run/configs.
+
+        Their values count as sent. FileError when they are damaged, or have more registers than any chip.
+        """
+        if "configs" not in self._file:
+            return "", np.zeros(0, own_layout.CONFIGS)
+        reader.check_dataset(self.path, "configs", self._file["configs"])
+        given = _read(self.path, "configurations", self._file["configs"], 0, len(self._file["configs"]))
+        columns = {"timestamp", "io_group", "io_channel", "chip_id", "registers"}
+        registers = given["registers"] if columns <= set(given.dtype.names or ()) else np.zeros((0, 0))
+        if registers.dtype.kind not in "ui" or registers.ndim != 2 or registers.shape[1] > REGISTERS:
+            raise FileError(f"{self.path}: /configs has other columns than expected: {given.dtype}")
+        name = _describe_file(self._file, "configs").get("asic_version", "")
+        asic = next((ours for ours, theirs in own_layout.NAMES.items() if theirs == name), name)[:16]
+        rows = np.zeros(len(given), own_layout.CONFIGS)
+        copy_columns(given, rows)
+        _copy(given["timestamp"], rows["time_ns"])
+        rows["time_ns"] = np.minimum(rows["time_ns"], _LAST_SECOND) * 10**9
+        rows["asic"] = asic.encode("utf-8", "replace")
+        rows["sent"][:, : registers.shape[1]] = registers
+        rows["known"][:, : registers.shape[1]] = SENT
+        return asic, rows
 
     def io_groups(self, default: int) -> tuple[int, ...]:
         """Return the io_groups of the first rows; `default` is that of rows without an io_group."""
@@ -224,12 +431,16 @@ class PacketFile:
         without one (layout 1.0). Rows of types 0 to 3 have direction 0 when they were sent; in files without directions
         all count as received.
         """
-        lines = MessageTexts(self._file, self.version)
+        lines = MessageTexts(self._file, self._version)
+        self.contents = Contents()
         first = 0
         for given in self._read_pieces():
+            kinds = given[self._type]
+            self.contents.add_rows(kinds, (first + len(given)) / max(1, self.rows))
             rows, fits = self._normalise(given, layout, asic)
             info = rows[self._type] == PacketType.MESSAGE
             unfit = len(rows) - int((fits | info).sum())
+            self.contents.left_out += unfit
             fits &= ~info
             texts: list[tuple[int, str, int]] = []
             if info.any():
@@ -327,6 +538,7 @@ class MessageLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.contents = Contents()
         self._file: BinaryIO = path.open("rb")
         head = self._file.read(5)
         self._file.seek(0)
@@ -341,24 +553,37 @@ class MessageLog:
         The reason is empty when all bytes are in messages. A message that the end of the file cuts off is returned as
         far as it goes. After an impossible length the next message cannot be found, so that the rest is in no message.
         """
+        self.contents = Contents()
+        size = max(1, os.fstat(self._file.fileno()).st_size)
         pending = b""
         place = self._file.seek(0)  # of `pending` in the file
         while data := self._file.read(_READ_BYTES):
             pending += data
             spans, used = split_log(pending)
             if len(spans):
+                self.contents.add(np.frombuffer(pending, np.uint8), spans, (place + used) / size)
                 yield np.frombuffer(pending, np.uint8), spans, 0, ""
             pending = pending[used:]
             place += used
             length = int.from_bytes(pending[:4], "little")
             if len(pending) >= 4 and length > MAX_MESSAGE:
                 text = f"{self.path}: at byte {place}: a message of {length} bytes; what follows is left out"
-                yield _NO_BYTES, _NO_SPANS, self._file.seek(0, os.SEEK_END) - place, text
+                lost = self._file.seek(0, os.SEEK_END) - place
+                self.contents.bytes += lost
+                yield _NO_BYTES, _NO_SPANS, lost, text
                 return
         if pending:
             spans = np.array([(4, len(pending) - 4)], SPAN) if len(pending) > 4 else _NO_SPANS
             text = f"{self.path}: ends inside a message, at byte {place + len(pending)}"
+            self.contents.add(np.frombuffer(pending, np.uint8), spans, 1.0)
+            self.contents.bytes += 0 if len(spans) else len(pending)
             yield np.frombuffer(pending, np.uint8), spans, 0 if len(spans) else len(pending), text
+
+    version = "log of board messages"
+    version_number: tuple[int, ...] | None = None
+
+    def description(self) -> dict[str, str]:
+        return {}
 
     def close(self) -> None:
         self._file.close()

@@ -48,7 +48,7 @@ _NOT_NEEDED: Final = frozenset(
 )
 #: Bits of a timestamp in a word; any other field takes all bits of its column in our layouts.
 _TIMESTAMP_BITS: Final = 32
-_GOOD = (RunCondition.COMPLETE, RunCondition.SUSPECT, RunCondition.ABORTED, RunCondition.CONTINUED)
+GOOD: Final = (RunCondition.COMPLETE, RunCondition.SUSPECT, RunCondition.ABORTED, RunCondition.CONTINUED)
 
 
 class VerifyReport(NamedTuple):
@@ -91,7 +91,9 @@ def verify(path: Path | str) -> VerifyReport:
         with DataFile(path) as file:
             rows = file.rows
             if file.own:
-                run = file.run, (file.texts().get("storage") or [""])[-1]
+                texts = file.texts()
+                if layout.CONVERTED not in texts:
+                    run = file.run, (texts.get("storage") or [""])[-1]
                 condition = _verify_own(file, findings, notes)
             else:
                 _verify_foreign(file, findings, notes)
@@ -114,7 +116,7 @@ def is_good(run: RunReport) -> bool:
 
     A run that continues in parts that were not given is good as far as it goes.
     """
-    return run.condition in _GOOD
+    return run.condition in GOOD
 
 
 def verify_all(paths: Iterable[Path]) -> FileOutcome:

@@ -78,6 +78,7 @@ class RunFile:
         fsync: bool = False,
         threads: int = 1,
         configurations: CarriedConfigurations = tables.NO_CONFIGURATIONS,
+        stem: str = "",
     ) -> None:
         """Create NAME.h5.part and its journal. FileError in one line when they cannot be created.
 
@@ -86,8 +87,9 @@ class RunFile:
         `configurations`: those of the chips at the end of the previous part.
         `fsync`: durable blocks survive a power cut too; each write then waits for the disk.
         `threads`: those that pack chunks.
+        `stem`: the NAME, by default that of the run's part.
         """
-        stem = names.stem(info.run, info.started_ns, part, info.storage)
+        stem = stem or names.stem(info.run, info.started_ns, part, info.storage)
         start_positions = {origin: position for origin, position in positions.items() if origin.run == info.run}
         self._set_up(info, part, Path(directory) / (stem + names.PART), start_positions)
         if self.final.exists():
@@ -555,6 +557,22 @@ class RunFile:
         if self._unlinked >= 0:
             os.close(self._unlinked)
             self._unlinked = -1
+
+    def tally(self) -> NDArray[np.uint64]:
+        """Count all rows by kind, from the rows themselves: shape (len(hdf5_chunks.TALLY),)."""
+        tallies = [account.tally.sum(axis=0) for account in self._accounts.values()]
+        return np.sum([np.zeros(len(hdf5_chunks.TALLY), np.uint64), *tallies], axis=0, dtype=np.uint64)
+
+    def note_damage(self, line: str) -> None:
+        """Note data that cannot come into this file, in one line; its condition is then INCOMPLETE at best."""
+        self._damaged.append(line)
+
+    def remove(self) -> None:
+        """Close the file without writing to it, and remove part and journal, because all data are elsewhere too."""
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+        self._journal.close(remove=True)  # after the part, which its lock protects
+        self.abandon()
 
     def discard(self) -> None:
         """Remove the file of a cancelled run, which must have no rows (FileError)."""

@@ -142,7 +142,8 @@ class ConnectedBoard(msgspec.Struct, frozen=True):
 
     producer: Name
     io_group: Annotated[int, Meta(ge=0, le=255)]
-    kind: Annotated[str, Meta(max_length=16)]  # "PACMAN", "Bern board", "serial", "IO class", "fake" or "replay"
+    #: "PACMAN", "Bern board", "serial", "IO class", "fake", "replay", or, in a converted file, "recording"
+    kind: Annotated[str, Meta(max_length=16)]
     address: Annotated[str, Meta(max_length=256)]  # network address, device, class with arguments, or files
     host: Annotated[str, Meta(max_length=256)]  # the computer on which the producer runs
     firmware: Annotated[str, Meta(max_length=256)] = ""  # by the board itself; "": not known

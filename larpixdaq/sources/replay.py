@@ -75,7 +75,8 @@ class ReplaySource(PieceSource):
         self._format = format
         self._clock64 = clock64
         self._pieces: Iterator[RecordedMessages | RecordedRows] = iter(())
-        self._recordings: list[Recording] = []
+        #: Open recordings, in the order of the files.
+        self.recordings: list[Recording] = []
         self._began: tuple[float, float] | None = None  # first read(): monotonic seconds, and recorded time
         self._next_turn = 0.0
         self._clock = Clock()
@@ -85,14 +86,14 @@ class ReplaySource(PieceSource):
     def open(self) -> None:
         """Open all files, so that a wrong file is reported first. After close(): play from the beginning."""
         self._decoders = Decoders(self._asic, format=self._format, clock64=self._clock64)
-        self._recordings, self._piece, self._texts, self.finished = [], None, [], False
+        self.recordings, self._piece, self._texts, self.finished = [], None, [], False
         io_groups: set[int] = set()
         for io_group, path in self._files:
             try:
                 recording: Recording = open_recording(path) or MessageLog(path)
             except OSError as error:
                 raise error if isinstance(error, FileError) else FileError(f"{path}: {error.strerror}") from None
-            self._recordings.append(recording)
+            self.recordings.append(recording)
             if isinstance(recording, RawFile) and recording.left_out:
                 self._problems.append(
                     f"{path}: the last {recording.left_out} messages have no io_group and are left out"
@@ -103,18 +104,18 @@ class ReplaySource(PieceSource):
         if (
             not self._opened
             and self._format == "auto"
-            and any(_has_wide_clock(recording) for recording in self._recordings)
+            and any(_has_wide_clock(recording) for recording in self.recordings)
         ):
             self.layout = layout_of(self._asic, clock64=True)
         self._opened = True
-        for recording in self._recordings:
+        for recording in self.recordings:
             if isinstance(recording, PacketFile):
                 recording.check(self._asic, self.layout)
         self.io_groups = tuple(sorted(io_groups))
         self._pieces = self._play()
 
     def close(self) -> None:
-        for recording in self._recordings:
+        for recording in self.recordings:
             recording.close()
 
     def start(self, counts: NDArray[np.uint64]) -> None:
@@ -160,7 +161,7 @@ class ReplaySource(PieceSource):
         return texts
 
     def _play(self) -> Iterator[RecordedMessages | RecordedRows]:
-        for (io_group, _), recording in zip(self._files, self._recordings, strict=True):
+        for (io_group, _), recording in zip(self._files, self.recordings, strict=True):
             self._decoders.forget()
             try:
                 if isinstance(recording, PacketFile):
