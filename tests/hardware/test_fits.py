@@ -60,6 +60,25 @@ def test_data_that_are_no_s_curve_have_no_values(seen, what):
         assert np.isnan(fit.midpoint).all(), what
 
 
+def test_a_lost_pulse_makes_no_curve_wide_and_a_lost_level_no_value():
+    middle, width = np.full(200, 14.0), np.full(200, 2.0)
+    sent = np.full((200, 32), 20)
+    seen = counts(middle, width, 20)
+    whole = fit_s_curves(TRIMS, seen, sent)
+    assert not np.isnan(whole.midpoint).any()
+    lost = seen.copy()
+    lost[np.arange(200), 31 - np.arange(200) % 7] -= 1  # at trims 0 to 6, where all pulses are seen
+    fit = fit_s_curves(TRIMS, lost, sent)
+    assert abs(fit.midpoint - whole.midpoint).max() < 0.1
+    assert abs(fit.width / whole.width - 1).max() < 0.15
+    lost[np.arange(200), 31 - np.arange(200) % 7] = 0
+    assert np.isnan(fit_s_curves(TRIMS, lost, sent).midpoint).all()
+    steep = np.where(TRIMS < 14, 20, 0)[None]
+    assert fit_s_curves(TRIMS, steep, sent[:1]).midpoint == 13.5
+    steep[0, 28] = 0
+    assert np.isnan(fit_s_curves(TRIMS, steep, sent[:1]).midpoint).all()
+
+
 def test_levels_without_pulses_do_not_count():
     middle, width = np.full(50, 15.0), np.full(50, 2.0)
     seen, sent = counts(middle, width, 40), np.full((50, 32), 40)

@@ -145,13 +145,14 @@ class Chips:
         low, high = (self.get(what)[:, None] * vdda_mv / COUNTS for what in ("vcm", "vref"))
         return low, (high - low) / COUNTS
 
-    def pulse(self, high: int, low: int, number: int, pause: float) -> None:
-        """Let the test pulse DAC of all chips fall from `high` to `low` and rise again, `number` times.
+    def pulse(self, high: int, low: int, number: int, pause: float, part: NDArray[np.bool_] | None = None) -> None:
+        """Let the test pulse DAC of the chips in `part` (shape (chips,), None: all) fall from `high` to `low` and rise.
 
-        The DAC must be `high`, as it is afterwards. `pause`: seconds between two pulses.
+        The DAC must be `high`, as it is afterwards. `number`: of pulses; `pause`: seconds between two of them.
         """
         risen, name = self._sent, self._name("testpulse_dac")
-        self._put(name, [low] * len(self))
+        lower = [low] * len(self) if part is None else np.where(part, low, high).tolist()
+        self._put(name, lower)
         fallen = self._data()
         self._put(name, [high] * len(self))
         marked = fallen != risen
@@ -162,7 +163,7 @@ class Chips:
                 if hasattr(io, "post_registers"):  # set() would compare all registers of all chips, and wait
                     posted += io.post_registers(self.keys, values, marked)
                 else:
-                    self.set(testpulse_dac=low if values is fallen else high)
+                    self.set(testpulse_dac=lower if values is fallen else high)
             time.sleep(pause)
         if posted:
             io.await_posted(posted)

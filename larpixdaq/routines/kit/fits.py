@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 
-#: Fraction of pulses that may be seen or missed for other reasons than the noise, so that one of them does not decide.
-_STRAY: Final = 1e-4
+#: Fractions of pulses that may be seen or missed for other reasons than the noise, such as a lost message: in a first
+#: fit, and in the second one, which does not use what is missed more than _FAR widths from the midpoint. With the first
+#: alone widths would be too small, and with the second alone one lost pulse would make a curve wide.
+_STRAYS: Final = (2e-3, 1e-4)
+_FAR: Final = 3.5
 #: Fractions of pulses that a complete s-curve reaches at its ends.
 _BOTTOM, _TOP = 0.1, 0.9
-#: Standard deviations by which the chi² of data that a fit describes may exceed the number of degrees of freedom.
-_MOST_CHI2: Final = 7.0
+#: Standard deviations by which the deviance of data that a fit describes may exceed the number of degrees of freedom.
+_MOST_DEVIANCE: Final = 7.0
 #: Steps of a fit. It is given up if the last step is still longer than this fraction of the width.
 _STEPS, _CONVERGED = 60, 0.01
 
@@ -27,40 +30,45 @@ _erf: Final = np.frompyfunc(math.erf, 1, 1)
 
 class SCurves(NamedTuple):
     """S-curves of channels, shape (channels,), in the unit of the levels: `midpoint`, at which half of the pulses are
-    seen, and `width`, the standard deviation of the noise, with their standard deviations."""
+    seen, and `width`, the standard deviation of the noise, with their standard deviations.
+
+    `excess`: how much the deviance of the data exceeds the number of degrees of freedom, in standard deviations.
+    """
 
     midpoint: Values
     midpoint_error: Values
     width: Values
     width_error: Values
+    excess: Values
 
 
 def fit_s_curves(levels: NDArray[Any], seen: NDArray[Any], pulses: NDArray[Any]) -> SCurves:
     """Fit Φ((midpoint - level) / width) to the fractions of pulses that were seen, by maximum likelihood.
 
     `seen`, `pulses`: numbers, shape (channels, levels); `levels`: the same shape or (levels,). Levels without pulses
-    are not used. A channel whose data are no complete s-curve gets NaN. If at most one level is within the rise, the
-    width is NaN, and the midpoint lies between two levels, with an error from their distance.
+    are not used. A channel whose data are no complete s-curve gets NaN, also if most pulses of a level are missing. If
+    at most one level is within the rise, the width is NaN, and the midpoint lies between two levels, with an error from
+    their distance.
     """
     x = np.broadcast_to(np.asarray(levels, np.float64), seen.shape)
     n = np.asarray(pulses, np.float64)
     k = np.minimum(np.asarray(seen, np.float64), n)
     with np.errstate(invalid="ignore", divide="ignore"):
         fraction = np.where(n > 0, k / n, np.nan)
-    result = SCurves(*np.full((4, len(k)), np.nan))
+    result = SCurves(*np.full((5, len(k)), np.nan))
     order = np.argsort(np.where(n > 0, x, np.inf), axis=1)
     x, n, k, fraction = (np.take_along_axis(array, order, 1) for array in (x, n, k, fraction))
+    partial = ((k > 0) & (k < n)).sum(1)
     for row in range(len(k)):  # the ends of each curve
         known = fraction[row][n[row] > 0]
         if len(known) < 2 or known[0] < _TOP or known[-1] > _BOTTOM:
             continue
         at = x[row][n[row] > 0]
         last = int(np.flatnonzero(known >= 0.5)[-1])
-        if last + 1 == len(known):
+        if partial[row] < 2 and (known[:last] < 0.5).any():
             continue
         result.midpoint[row] = (at[last] + at[last + 1]) / 2
         result.midpoint_error[row] = (at[last + 1] - at[last]) / math.sqrt(12)
-    partial = ((k > 0) & (k < n)).sum(1)
     fitted = np.flatnonzero(~np.isnan(result.midpoint) & (partial >= 2))
     if len(fitted):
         _fit(x[fitted], k[fitted], n[fitted], result, fitted)
@@ -74,31 +82,34 @@ def _fit(x: Values, k: Values, n: Values, result: SCurves, rows: NDArray[np.intp
     inside = (k > 0) & (k < n)
     spread = np.array([np.ptp(at[flags]) for at, flags in zip(x, inside, strict=True)])
     log_width = np.log(np.maximum(spread / 4, 1e-9))
-    step = np.full((2, len(middle)), np.inf)
-    for _ in range(_STEPS):
+    counted = k
+    for stray in _STRAYS:
+        step = np.full((2, len(middle)), np.inf)
+        for _ in range(_STEPS):
+            width = np.exp(log_width)
+            z, p, slope = _model(x, middle, width, stray)
+            score = (k - n * p) / (p * (1 - p)) * slope
+            info = n / (p * (1 - p)) * slope**2
+            a, b, c = info.sum(1), (-info * z).sum(1), (info * z**2).sum(1)
+            determinant = np.maximum(a * c - b * b, 1e-300)
+            u, v = score.sum(1), (-score * z).sum(1)
+            step = np.stack([(c * u - b * v) / determinant, (a * v - b * u) / determinant])
+            middle = middle + width * np.clip(step[0], -1.0, 1.0)
+            log_width = log_width + np.clip(step[1], -0.5, 0.5)
+            if np.abs(step).max() < 1e-6:
+                break
         width = np.exp(log_width)
-        z, p, slope = _model(x, middle, width)
-        weight = n / (p * (1 - p))
-        score = (k - n * p) / (p * (1 - p)) * slope
-        info = weight * slope**2
-        a, b, c = info.sum(1), (-info * z).sum(1), (info * z**2).sum(1)
-        determinant = np.maximum(a * c - b * b, 1e-300)
-        u, v = score.sum(1), (-score * z).sum(1)
-        step = np.stack([(c * u - b * v) / determinant, (a * v - b * u) / determinant])
-        middle = middle + width * np.clip(step[0], -1.0, 1.0)
-        log_width = log_width + np.clip(step[1], -0.5, 0.5)
-        if np.abs(step).max() < 1e-6:
-            break
-    width = np.exp(log_width)
-    _, p, _ = _model(x, middle, width)
-    expected = n * p * (1 - p)
-    used = (n > 0) & (expected > 0.25)
-    chi2 = np.where(used, (k - n * p) ** 2 / np.maximum(expected, 1e-12), 0.0).sum(1)
-    freedom = np.maximum(used.sum(1) - 2, 1)
+        if stray == _STRAYS[0]:
+            z, p, _ = _model(x, middle, width, stray)
+            deviance = 2 * (_likelihood_ratio(counted, n * p) + _likelihood_ratio(n - counted, n * (1 - p))).sum(1)
+            freedom = np.maximum((n * p * (1 - p) > 0.25).sum(1) - 2, 1)
+            k = np.where(z > _FAR, n, np.where(z < -_FAR, 0, k))
+    excess = (deviance - freedom) / np.sqrt(2 * freedom)
     with np.errstate(invalid="ignore"):
         errors = width * np.sqrt(c / determinant), width * np.sqrt(a / determinant)
-    good = (np.abs(step).max(0) < _CONVERGED) & (chi2 < freedom + _MOST_CHI2 * np.sqrt(2 * freedom))
+    good = (np.abs(step).max(0) < _CONVERGED) & (excess < _MOST_DEVIANCE)
     known = good & (errors[1] < width / 2)
+    result.excess[rows] = excess
     for values, fitted, valid in (
         (result.midpoint, middle, good),
         (result.midpoint_error, errors[0], good),
@@ -108,12 +119,26 @@ def _fit(x: Values, k: Values, n: Values, result: SCurves, rows: NDArray[np.intp
         values[rows] = np.where(valid, fitted, np.nan)
 
 
-def _model(x: Values, middle: Values, width: Values) -> tuple[Values, Values, Values]:
+def fraction_seen(levels: NDArray[Any], midpoint: float, width: float) -> Values:
+    """Return the fraction of pulses that a channel sees at these levels, as fit_s_curves() describes it."""
+    _, p, _ = _model(np.asarray(levels, np.float64)[None, :], np.array([midpoint]), np.array([width]), _STRAYS[1])
+    fraction: Values = p[0]
+    return fraction
+
+
+def _likelihood_ratio(counts: Values, expected: Values) -> Values:
+    """Return counts * log(counts / expected), 0 for no counts."""
+    ratio = np.where(counts > 0, counts, 1.0) / np.where(counts > 0, expected, 1.0)
+    result: Values = counts * np.log(ratio)
+    return result
+
+
+def _model(x: Values, middle: Values, width: Values, stray: float) -> tuple[Values, Values, Values]:
     """Return (middle - x) / width, the expected fraction, and its derivative by the former."""
     z = np.clip((middle[:, None] - x) / width[:, None], -9.0, 9.0)
     normal = 0.5 * (1 + np.asarray(_erf(z / math.sqrt(2)), np.float64))
-    p = _STRAY + (1 - 2 * _STRAY) * normal
-    slope = (1 - 2 * _STRAY) * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    p = stray + (1 - 2 * stray) * normal
+    slope = (1 - 2 * stray) * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
     return z, p, slope
 
 

@@ -48,11 +48,13 @@ class Pulses(NamedTuple):
 class Pulser:
     """Sends test pulses to all channels of `chips` but those `off`, shape (chips, channels), and masks these.
 
+    Chips without other channels get no pulses.
+
     Periodic reset is on, so that leakage causes no hits. The registers stay changed until `chips.restore()`.
     """
 
     def __init__(self, chips: Chips, off: NDArray[np.bool_]) -> None:
-        self._chips = chips
+        self._chips, self._part = chips, ~off.all(1)
         reset = {"periodic_reset": 1} if chips.has("periodic_reset") else {}
         chips.set(mask=off, testpulse_enable=off, testpulse_dac=HIGH, **reset)
         lines = np.unique(chips.lines(), return_inverse=True)[1]
@@ -69,7 +71,7 @@ class Pulser:
         chips = self._chips
 
         def act() -> None:
-            chips.pulse(HIGH, HIGH - amplitude, pulses, max(_PAUSE, self._pause))
+            chips.pulse(HIGH, HIGH - amplitude, pulses, max(_PAUSE, self._pause), self._part)
 
         measured = collect(chips.controller, chips.keys, _WAIT + self._pause, act=act)
         shape = len(chips), chips.channels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -141,22 +141,30 @@ class Report:
                 reasons.setdefault(self.keys[at], {}).setdefault(str(channel), []).append(text)
         return reasons
 
-    def write(self, directory: str | None, result: dict[str, Any], title: str) -> None:
+    def write(
+        self, directory: str | None, result: dict[str, Any], title: str, draw: Callable[[Any, Any], None] | None = None
+    ) -> None:
         """Write `result` and a picture into the directory, which must exist; nothing if it is None.
 
+        The picture has a row for each quantity, and before them the row that `draw` fills, with two axes of matplotlib.
         Adds "files", their absolute paths, to the result, and "no_picture", the reason, if there is no picture.
         """
         if directory is not None:
-            result.update(write(directory, self.routine, result, lambda figure: self._draw(figure, title)))
+            result.update(write(directory, self.routine, result, lambda figure: self._draw(figure, title, draw)))
 
-    def _draw(self, figure: Any, title: str) -> None:
+    def _draw(self, figure: Any, title: str, draw: Callable[[Any, Any], None] | None) -> None:
         drawn = [quantity for quantity in self._quantities if not np.isnan(quantity.values).all()]
-        figure.set_size_inches(11, 0.8 + 3 * max(1, len(drawn)))
+        own = [] if draw is None else [draw]
+        rows = len(own) + len(drawn)
+        figure.set_size_inches(11, 0.8 + 3 * max(1, rows))
         figure.suptitle(title)
-        if not drawn:
+        if not rows:
             figure.text(0.5, 0.5, "nothing was measured", ha="center")
             return
-        for (spread, place), quantity in zip(figure.subplots(len(drawn), 2, squeeze=False), drawn, strict=True):
+        axes = figure.subplots(rows, 2, squeeze=False)
+        for fill, (left, right) in zip(own, axes, strict=False):
+            fill(left, right)
+        for (spread, place), quantity in zip(axes[len(own) :], drawn, strict=True):
             self._draw_quantity(figure, spread, place, quantity)
 
     def _draw_quantity(self, figure: Any, spread: Any, place: Any, quantity: Quantity) -> None:
