@@ -46,8 +46,16 @@ _SHOW: Final = 5.0
 _AGAIN: Final = 0.5
 
 
+class _NamedWithAdvice(type):
+    """The type of Response: its name says how to get the result, because json's error has nothing but that name."""
+
+    @property
+    def __name__(cls) -> str:  # type: ignore[override]
+        return "Response (its result is .value)"
+
+
 @dataclass(frozen=True, eq=False)
-class Response:
+class Response(metaclass=_NamedWithAdvice):
     """One response to a request. `kind` is "ack", "progress", "result" or "error"; `error` is the exception of an
     error."""
 
@@ -59,10 +67,12 @@ class Response:
     total: int = 0
     error: LarpixDaqError | None = None
 
-    def __getitem__(self, key: object) -> Any:
+    def __getitem__(self, key: object, *value: object) -> Any:
         raise TypeError(
             f"a Response is no dictionary with [{key!r:.40}]: its result is .value; .kind, .text and .error are others"
         )
+
+    __setitem__ = get = __getitem__  # in version 0.2 a response was a dictionary
 
     def __str__(self) -> str:
         parts = [f"{self.component}: {self.kind}" if self.component else self.kind]

@@ -322,30 +322,6 @@ def test_the_older_names(running, operator):
         assert operator.end_physics_run().result(LIMIT)["condition"] == "COMPLETE"
 
 
-#: Methods that larpix-web 0.1 calls with timeout=None.
-OF_LARPIX_WEB = [
-    "prepare_physics_run", "begin_physics_run", "end_physics_run", "write_configuration", "validate_configuration",
-    "retrieve_configuration", "send_configuration", "read_configuration",
-]  # fmt: skip
-#: Methods whose results it takes as response["message"]["result"].
-WITH_RESULTS = ["get_boards", "load_board", "retrieve_pixel_layout", "load_pixel_layout", "list_routines"]
-
-
-def test_each_use_of_version_0_2_says_what_to_write(running):
-    with Operator(running.address) as operator:
-        for name in OF_LARPIX_WEB + WITH_RESULTS:
-            with pytest.raises(TypeError, match=r": timeout=None is no argument .*; wait with .result\(timeout=None\)"):
-                getattr(operator, name)(timeout=None)
-        for response in operator.state():
-            with pytest.raises(TypeError, match=r"no dictionary with \['message'\]: its result is \.value"):
-                response["message"]["result"]
-        with pytest.raises(AttributeError, match=r"write \.state\(\) and \.components\(\)"):
-            operator._controller.request_state()
-        operator.cleanup()
-        with pytest.raises(NoCore, match="this Operator is closed"):
-            operator.state().result()
-
-
 def test_an_operator_without_an_address_is_for_this_machine(monkeypatch, running):
     monkeypatch.setattr("larpixdaq.config.LOOPBACK", running.address)
     for arguments in ((), (None,)):
