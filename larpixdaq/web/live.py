@@ -67,7 +67,13 @@ class Watch(msgspec.Struct, frozen=True, tag="watch", tag_field="type", forbid_u
 
 
 async def ask(
-    connection: Connection, action: str, params: dict[str, Any], *, kind: str = "", limit: float = _LIMIT
+    connection: Connection,
+    action: str,
+    params: dict[str, Any],
+    *,
+    component: str = "",
+    kind: str = "",
+    limit: float = _LIMIT,
 ) -> Any:
     """Request an action, and return its result. Raises LarpixDaqError; RequestTimeout after `limit` seconds."""
     loop = asyncio.get_running_loop()
@@ -82,7 +88,7 @@ async def ask(
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(settle, response)
 
-    request = connection.ask(action, params, "", kind)
+    request = connection.ask(action, params, component, kind)
     request.listen(listen)
     try:
         response = await asyncio.wait_for(done, limit)

@@ -19,6 +19,7 @@ from larpixdaq.runtime.timing import Throttle
 from larpixdaq.web.live import Live, Page, Watch
 from larpixdaq.web.page import MAX_WAITING, Outbox, to_json
 from larpixdaq.web.sessions import Session
+from larpixdaq.web.snapshots import Order, names_snapshot, with_content
 
 _log = logging.getLogger("larpixdaq.web")
 #: Maximum bytes of a frame of a page, and of a result that it gets.
@@ -68,6 +69,7 @@ class OpenPage(Page):
         self._connection = connection
         self._name = secrets.token_hex(8)
         self._open: dict[str, client.Request] = {}
+        self._preparing: set[asyncio.Task[None]] = set()
         self._core_silent = False
         self._loop = asyncio.get_running_loop()
         self._closing: tuple[int, str] | None = None
@@ -83,9 +85,10 @@ class OpenPage(Page):
                 if (error := task.exception()) is not None and not isinstance(error, _GONE):
                     _log.error("a page has failed", exc_info=error)
         finally:
-            for task in (sender, receiver):
+            tasks = (sender, receiver, *self._preparing)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(sender, receiver, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             self._open.clear()
         if self._closing is not None:
             code, reason = self._closing
@@ -149,22 +152,39 @@ class OpenPage(Page):
             self._refuse(text, f"request {frame.id!r} is open already")
         elif len(self._open) >= MAX_UNANSWERED:
             self._refuse(text, f"{MAX_UNANSWERED} requests are unanswered")
+        elif names_snapshot(frame.action):
+            self._open[frame.id] = client.Request(frame.action, self._connection.link.silence)  # holds its place
+            task = asyncio.create_task(self._ask_with_snapshot(frame))
+            self._preparing.add(task)
+            task.add_done_callback(self._preparing.discard)
         else:
-            self._ask(frame)
+            self._ask(frame.id, Order(frame.action, frame.params, frame.component, frame.kind))
 
-    def _ask(self, frame: Ask) -> None:
+    async def _ask_with_snapshot(self, frame: Ask) -> None:
+        order = Order(frame.action, frame.params, frame.component, frame.kind)
         try:
-            request = self._connection.ask(frame.action, frame.params, frame.component, frame.kind)
+            order = await with_content(self._connection, order)
         except LarpixDaqError as error:
             self._respond(frame.id, client.Response("error", error=error, text=str(error)))
+        except (LookupError, TypeError) as error:
+            text = f"{frame.action}: an answer of another version of larpix-daq: {printable(repr(error))}"
+            self._respond(frame.id, client.Response("error", error=ProtocolError(text), text=text))
+        else:
+            self._ask(frame.id, order)
+
+    def _ask(self, number: str, order: Order) -> None:
+        try:
+            request = self._connection.ask(order.action, dict(order.params), order.component, order.kind)
+        except LarpixDaqError as error:
+            self._respond(number, client.Response("error", error=error, text=str(error)))
             return
-        self._open[frame.id] = request
+        self._open[number] = request
 
         def listen(response: client.Response) -> None:
             # In the thread of the connection, because a large result takes a while.
-            json = response_json(frame.id, response)
+            json = response_json(number, response)
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._post, frame.id, request, response.kind, json)
+                self._loop.call_soon_threadsafe(self._post, number, request, response.kind, json)
 
         request.listen(listen)
 

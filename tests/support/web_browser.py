@@ -111,6 +111,14 @@ class Browser:
                 return element
         raise NoSuchElementException(f"no button {text!r} in {within}")
 
+    def button_exists(self, text: str, within: str = "body") -> bool:
+        """Return whether there is a visible button with this text."""
+        try:
+            self.button(text, within)
+        except (NoSuchElementException, StaleElementReferenceException):
+            return False
+        return True
+
     def click(self, text: str, within: str = "body") -> None:
         """Click a button, once it can be clicked."""
 

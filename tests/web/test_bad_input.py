@@ -199,6 +199,24 @@ def test_any_bytes_after_the_handshake(viewer: Viewer, data: bytes) -> None:
     assert viewer.get("/api/session")["role"] == "operator"
 
 
+_WRONG = st.none() | st.integers() | st.text(max_size=20) | st.lists(st.integers(), max_size=2)
+
+
+@given(
+    st.sampled_from(["save_snapshot", "load_snapshot", "compare_snapshot"]),
+    st.dictionaries(
+        st.sampled_from(["name", "snapshot", "other", "skip_missing", "data", "content"]), _WRONG, max_size=3
+    ),
+)
+@_SAME_SERVER
+def test_any_parameters_for_snapshots(viewer: Viewer, action: str, params: dict[str, Any]) -> None:
+    with viewer.live() as page:
+        answer = page.ask(action, params)
+        assert answer["kind"] == "error"
+        assert answer["text"].count("\n") == 0
+        assert answer["error"] in ("RequestError", "NotAllowed", "NoComponent", "ProtocolError"), answer
+
+
 def test_deep_and_large_frames(viewer: Viewer) -> None:
     with viewer.live() as page:
         page.send('{"type":"request","id":"deep","action":"state","params":' + "[" * 20_000 + "]" * 20_000 + "}")

@@ -346,6 +346,9 @@ def test_observer_looks_only(page: Browser, opened: Open, line: System) -> None:
     other.wait_text("#viewer", "observer")
     assert not other.button("Prepare run").is_enabled()
     assert "allows to look" in other.text("#why-not")
+    other.tab("configuration")
+    for text in ("Power up", "Find the network", "Save a snapshot"):
+        assert not other.button(text, "#panel-configuration").is_enabled(), text
     script = """
         const [done] = [arguments[arguments.length - 1]];
         const socket = new WebSocket(`ws://${location.host}/live`);
@@ -532,24 +535,98 @@ def test_hidden_page_asks_for_nothing(page: Browser) -> None:
     assert watched[-1] == {"type": "watch", "pixels": None, "histogram": None, "packets": None}
 
 
-def test_snapshot_of_the_configuration(page: Browser, tmp_path: Path, operator: Operator, chips: None) -> None:
+def test_snapshots_of_the_catalogue(page: Browser, operator: Operator, chips: None) -> None:
     page.tab("configuration")
     page.wait_text(".board-control .facts", "4 of generation")
-    page.click("Save a snapshot")
-    page.wait_text(".snapshots", "saved: 4 chips")
-    snapshot = {
-        "larpixdaq_snapshot": 1,
-        "time": "2026-01-01T00:00:00Z",
-        "chips": {"1-1-11": {"wanted": {"threshold_global": 200}}},
-    }
-    (tmp_path / "old.json").write_text(json.dumps(snapshot))
-    page.fill("Compare with a snapshot", str(tmp_path / "old.json"), ".snapshots")
-    page.wait_text(".snapshots table", "threshold_global")
-    page.click("Write the snapshot's values")
-    page.confirm("Write")
-    page.wait_text(".snapshots", "0 registers different")
+    for name, comment in (("calibrated", SCRIPT), ("cold", "")):
+        page.fill("Name", name, ".snapshots")
+        page.fill("Comment", comment, ".snapshots")
+        page.click("Save a snapshot", ".snapshots")
+        page.wait_text(".snapshots .facts", f"{name}: 4 chips")
+        operator.send_configuration({"1-1-11": {"threshold_global": 200}}).result(LIMIT)
+        operator.release_control().result(LIMIT)
+    assert SCRIPT in page.wait_text(".snapshots table", "cold")
+    assert [(one["name"], one["chips"]) for one in operator.snapshots().result(LIMIT)] == [
+        ("calibrated", 4), ("cold", 4)
+    ]  # fmt: skip
+    page.choose(".snapshots select[aria-label=Snapshot]", "calibrated")
+    for other, differs in (("cold", "differ"), ("", "differ"), ("calibrated", "are the same")):
+        page.choose(".snapshots select[aria-label='Compare with']", other)
+        page.click("Compare", ".snapshots")
+        page.wait_text(".snapshots .facts", f"calibrated and {other or 'the wanted values of now'} {differs}")
+        if differs == "differ":
+            page.wait_text(".snapshots table[aria-label^=Differences]", f"1-1-11 threshold_global {THRESHOLD} 200")
+    page.click("Load", ".snapshots")
+    page.confirm("Load")
+    page.wait_text(".snapshots .facts", "calibrated: every register has its value")
+    page.wait_text(".compare .facts", "every register that was read has its wanted value")
     found = operator.retrieve_configuration("1-1-11", "threshold_global").result(LIMIT)
-    assert found["1-1-11"]["wanted"] == {"threshold_global": 200}
+    assert found["1-1-11"] == {"wanted": {"threshold_global": THRESHOLD}, "confirmed": {"threshold_global": THRESHOLD}}
+    page.click("Remove", ".snapshots")
+    page.confirm("Remove")
+    page.wait(lambda: "calibrated" not in page.text(".snapshots .scroll-box table"), "the removal")
+    page.fill("Name", "a/b", ".snapshots")
+    page.click("Save a snapshot", ".snapshots")
+    page.wait_text("#requests .latest", "FAILED")
+    assert [one["name"] for one in operator.snapshots().result(LIMIT)] == ["cold"]
+
+
+def test_power_up_and_the_network_of_a_tile(page: Browser, operator: Operator, tmp_path: Path) -> None:
+    """A tile from power off to a network that was found, by clicking: also one that fails, and one that is aborted."""
+    page.tab("configuration")
+    page.wait_text(".board-control .facts", "generation")
+    page.fill("tiles", "0", ".board-control")
+    page.click("Power off", ".board-control")
+    page.confirm("Power off")
+    page.wait_text("#requests .latest", "power off: done")
+    page.fill("VDDA DAC", "46000", ".board-control")
+    page.fill("VDDD DAC", "31000", ".board-control")
+    page.fill("limits of the power-up", "vdda_mv", ".board-control")
+    page.click("Power up", ".board-control")
+    page.wait_text("#requests .latest", "limits: expected vdda_ma=600 or vdda_mv=1700-1900, found vdda_mv")
+    for limits, tiles, remark in (
+        ("vdda_mv=1-100", "0 of 1 tile on", "above its limit of 100"),
+        ("", "1 of 1 tile on", "on"),
+    ):
+        page.fill("limits of the power-up", limits, ".board-control")
+        page.click("Power up", ".board-control")
+        page.confirm("Power up")
+        page.wait_text(".board-control .progress-line", tiles, READ)
+        page.wait_text(".board-status table", remark)
+        level = page.find(".board-control .progress-line").get_attribute("data-level")
+        assert level == ("alarm" if limits else None)
+    assert page.text(".board-status table tbody tr td:first-child") == "1"
+
+    page.fill("shape", '{"rows": 2}', ".network")
+    page.click("Find the network", ".network")
+    page.confirm("Find the network")
+    page.wait_text(".network .progress-line[data-level=alarm]", "shape")
+    page.fill("shape", '{"rows": 2, "columns": 2, "roots": [11, 13]}', ".network")
+    page.fill("New board file, on the producer's machine", str(tmp_path / "found.json"), ".network")
+    page.click("Find the network", ".network")
+    page.confirm("Find the network")
+    page.wait_text(".network .facts", "4 chips on 1 tile", READ)
+    assert page.text(".network .progress-line") == "done"
+    assert "all chips have their power-up configuration" in page.text(".network .facts")
+    assert len(page.all(".network svg circle.chip")) == 4
+    assert len(page.all(".network svg path.used")) == 4
+    assert not page.button_exists("Abort", ".network")
+    page.click("Bring up networks")
+    page.confirm("Bring up networks")
+    page.wait_text(".compare .facts", "every register that was read has its wanted value")
+    assert json.loads((tmp_path / "found.json").read_text())["asic_version"] == "2b"
+
+    page.fill("VDDA DAC", "60000", ".board-control")
+    page.click("Power off", ".board-control")
+    page.confirm("Power off")
+    page.wait_text("#requests .latest", "power off: done")
+    page.click("Power up", ".board-control")
+    page.confirm("Power up")
+    page.wait_text(".board-control .progress-line", "vdda DAC")
+    page.click("Abort", ".board-control")
+    page.confirm("Abort")
+    page.wait_text(".board-control .progress-line[data-level=alarm]", "abort")
+    until(lambda: operator.board_status().result(LIMIT)[0]["tiles"] == [], "the tile to be off")
 
 
 def test_chromium_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

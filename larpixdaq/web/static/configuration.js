@@ -1,7 +1,8 @@
-// Tab Configuration: boards and their power, chips and their registers, snapshots, and any other action.
+// Tab Configuration: boards and their power, chips, networks and registers, snapshots, and any other action.
 
 import {
   Facts,
+  Progress,
   Table,
   ask,
   button,
@@ -17,9 +18,10 @@ import {
 } from "./elements.js";
 import { count, cut, inline, known, plural } from "./format.js";
 import { components } from "./health.js";
+import { NetworkPanel } from "./network.js";
+import { SnapshotPanel } from "./snapshots.js";
 
 const SHOWN = 2000; // differences in a table
-const PIECE = 40_000; // characters of the values in one request to write
 const QUERIES = new Set([
   "state",
   "components",
@@ -83,12 +85,16 @@ export class ConfigurationTab {
     this.chip = "";
     this.producer = select([], { "aria-label": "Producer" });
     this.changes = []; // buttons that change something
+    this.aborts = []; // buttons that end a long action of this page
+    const boards = this.boardPanel(); // first, because it has the choice of the producer
+    this.network = new NetworkPanel(this, numbers);
+    this.snapshots = new SnapshotPanel(this);
     this.node = element(
       "div",
       { class: "grid configuration-grid" },
-      element("div", { class: "column" }, this.boardPanel(), this.actionPanel()),
-      element("div", { class: "column" }, this.chipPanel(), this.registerPanel()),
-      element("div", { class: "column" }, this.comparePanel(), this.snapshotPanel()),
+      element("div", { class: "column" }, boards, this.actionPanel()),
+      element("div", { class: "column" }, this.chipPanel(), this.network.node, this.registerPanel()),
+      element("div", { class: "column" }, this.comparePanel(), this.snapshots.node),
     );
   }
 
@@ -104,16 +110,42 @@ export class ConfigurationTab {
     return this.requests.try(title, action, params, { component: this.producer.value, ...options });
   }
 
-  // As do(), after a confirmation.
-  async doAfter(question, title, action, params) {
-    return (await ask({
-      title: question.title,
-      lines: question.lines,
-      action: question.action,
-      danger: question.danger,
-    }))
-      ? this.do(title, action, params)
-      : null;
+  // As do(), after a confirmation. With a `progress`, that shows how the request goes, and it can be aborted.
+  async doAfter(question, title, action, params, { progress = null } = {}) {
+    if (!(await ask(question))) return null;
+    if (!progress) return this.do(title, action, params);
+    const show = (hidden) => this.aborts.forEach((made) => (made.hidden = hidden));
+    progress.say("sent");
+    show(false);
+    const report = (response) => progress.report(response);
+    return this.requests
+      .run(title, action, params, { component: this.producer.value, report })
+      .catch((error) => {
+        progress.say(error.message, "alarm"); // also without a response, when the connection is lost
+        return null;
+      })
+      .finally(() => show(true));
+  }
+
+  // A button that ends the action on chips or boards that this page has requested.
+  aborting() {
+    const made = this.changing("Abort…", () => this.abort(), { class: "danger", hidden: true });
+    this.aborts.push(made);
+    return made;
+  }
+
+  async abort() {
+    const lines = [
+      "The running action on chips or boards, or the running routine, ends at once. The readout continues.",
+    ];
+    const question = { title: "Abort the action?", lines, action: "Abort", danger: true };
+    if (await ask(question)) this.do("abort", "abort_routine");
+  }
+
+  // A line of a question, while a run is going on.
+  runLine() {
+    const { run } = this.live.state.status ?? {};
+    return run ? [`Run ${run.run} is going on: what the chips send meanwhile goes into it.`] : [];
   }
 
   boardPanel() {
@@ -148,6 +180,8 @@ export class ConfigurationTab {
     this.vdda = input({ placeholder: "as it is", size: "8", inputmode: "numeric" });
     this.vddd = input({ placeholder: "as it is", size: "8", inputmode: "numeric" });
     this.ramp = element("input", { type: "checkbox" });
+    this.limits = input({ placeholder: "vdda_ma=600 vdda_mv=1700-1900", size: "26" });
+    this.powerProgress = new Progress("progress of the power-up");
     this.length = input({ value: "256", size: "6", inputmode: "numeric" });
     this.ratio = input({ placeholder: "2", size: "5", inputmode: "numeric" });
     this.channel = input({ placeholder: "all", size: "5", inputmode: "numeric" });
@@ -173,10 +207,14 @@ export class ConfigurationTab {
         field("tiles", this.tiles).row,
         field("VDDA DAC", this.vdda).row,
         field("VDDD DAC", this.vddd).row,
+        field("limits of the power-up", this.limits).row,
+        this.changing("Power up…", () => this.powerUp()),
+        this.aborting(),
         field("ramp", this.ramp).row,
         this.changing("Power on…", () => this.power(true)),
         this.changing("Power off…", () => this.power(false), { class: "danger" }),
       ),
+      this.powerProgress.node,
       element("h3", {}, "Reset and UART clock"),
       element(
         "div",
@@ -324,43 +362,6 @@ export class ConfigurationTab {
     return made.panel;
   }
 
-  snapshotPanel() {
-    this.snapshotFile = element("input", { type: "file", accept: ".json,application/json" });
-    this.snapshotFacts = element("p", { "aria-live": "polite" });
-    this.snapshotTable = new Table(
-      "Differences from the snapshot",
-      [
-        { title: "chip", text: (row) => row.chip },
-        { title: "register", text: (row) => row.register },
-        { title: "snapshot", wide: true, text: (row) => cut(valueText(row.old), 60) },
-        { title: "wanted now", wide: true, text: (row) => cut(valueText(row.present), 60) },
-      ],
-      { empty: "no difference" },
-    );
-    this.snapshotTable.node.hidden = true;
-    this.restoreButton = this.changing("Write the snapshot's values…", () => this.restore());
-    this.restoreButton.hidden = true;
-    this.snapshotFile.addEventListener("change", () => this.openSnapshot());
-    return panel(
-      "Snapshots",
-      { class: "snapshots" },
-      element(
-        "p",
-        { class: "note" },
-        "A snapshot is a file with the known register values of all chips, kept by your browser.",
-      ),
-      element(
-        "div",
-        { class: "row" },
-        button("Save a snapshot", () => this.saveSnapshot()),
-        field("Compare with a snapshot", this.snapshotFile).row,
-        this.restoreButton,
-      ),
-      this.snapshotFacts,
-      element("div", { class: "scroll-box" }, this.snapshotTable.node),
-    ).panel;
-  }
-
   actionPanel() {
     this.target = select([], { "aria-label": "Component" });
     this.action = select([], { "aria-label": "Action" });
@@ -487,6 +488,51 @@ export class ConfigurationTab {
       );
       if (found) this.showStatus(found);
     });
+  }
+
+  powerUp() {
+    return this.guarded("power up", async () => {
+      const params = {
+        tiles: numbers(this.tiles.value, "tiles"),
+        vdda_dac: number(this.vdda.value, "VDDA DAC"),
+        vddd_dac: number(this.vddd.value, "VDDD DAC"),
+        limits: parseLimits(this.limits.value),
+        io_group: this.groups(),
+      };
+      const settings = "of the producer's settings";
+      const lines = [
+        `Tiles ${this.tiles.value || settings} of io_group ${this.group.value || "all"}, from 0 V up in steps, ` +
+          "each step measured. A tile that fails is switched off.",
+        `VDDA DAC ${params.vdda_dac ?? settings}, VDDD DAC ${params.vddd_dac ?? settings}.`,
+        `Limits: ${this.limits.value.trim() || settings}.`,
+        "The chips of boards on which no tile was on are reset at the end.",
+        ...this.runLine(),
+      ];
+      const question = { title: "Power up?", lines, action: "Power up" };
+      const found = await this.doAfter(question, "power up", "power_up", params, { progress: this.powerProgress });
+      if (found) this.showPower(found);
+    });
+  }
+
+  showPower(found) {
+    const names = [...new Set(found.tiles.flatMap(Object.keys))].filter((name) => !["state", "fault"].includes(name));
+    const titles = Object.keys(withUnits(Object.fromEntries(names.map((name) => [name, 0])), found.uncertain));
+    const table = new Table("Tiles after the power-up", [
+      ...names.map((name, at) => ({
+        title: titles[at].replace("_dac", " DAC"),
+        text: (row) => inline(row[name]),
+        number: true,
+      })),
+      { title: "state", text: (row) => row.state, level: (row) => (row.state === "on" ? "" : "alarm") },
+      { title: "remark", wide: true, text: (row) => row.fault, level: (row) => (row.state === "on" ? "" : "alarm") },
+    ]);
+    table.update(found.tiles, (row) => `${row.io_group} ${row.tile}`);
+    const on = found.tiles.filter((row) => row.state === "on").length;
+    this.powerProgress.say(`${on} of ${plural(found.tiles.length, "tile")} on`, found.ok ? null : "alarm");
+    this.status.replaceChildren(
+      table.node,
+      ...found.doubts.map((doubt) => element("p", { data: { level: "warning" } }, doubt)),
+    );
   }
 
   reset() {
@@ -756,94 +802,6 @@ export class ConfigurationTab {
       );
   }
 
-  // Snapshots.
-
-  async saveSnapshot() {
-    const found = await this.do("snapshot", "retrieve_configuration", {});
-    if (!found) return;
-    const time = new Date(this.live.now() * 1000).toISOString();
-    const snapshot = {
-      larpixdaq_snapshot: 1,
-      time,
-      producer: this.producer.value,
-      run: this.live.state.status?.run?.run ?? null,
-      chips: found,
-    };
-    const link = element("a", {
-      href: URL.createObjectURL(new Blob([JSON.stringify(snapshot)], { type: "application/json" })),
-      download: `configuration_${time.slice(0, 19).replaceAll(/[-:]/g, "")}Z.json`,
-    });
-    document.body.append(link);
-    link.click();
-    link.remove();
-    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
-    setText(
-      this.snapshotFacts,
-      `saved: ${plural(Object.keys(found).length, "chip")}, as they were known at ${time.slice(0, 19).replace("T", " ")} UTC`,
-    );
-  }
-
-  openSnapshot() {
-    return this.guarded("snapshot", async () => {
-      const [file] = this.snapshotFile.files;
-      if (!file) return;
-      const snapshot = JSON.parse(await file.text());
-      if (snapshot.larpixdaq_snapshot !== 1 || typeof snapshot.chips !== "object")
-        throw new Error(`${file.name}: is no snapshot of this page`);
-      const found = await this.do("known values", "retrieve_configuration", {}, { quiet: true });
-      if (!found) return;
-      const rows = [];
-      const absent = Object.keys(snapshot.chips).filter((chip) => !(chip in found));
-      for (const [chip, { wanted }] of Object.entries(snapshot.chips)) {
-        for (const [register, old] of Object.entries(wanted ?? {})) {
-          const present = found[chip]?.wanted?.[register];
-          if (chip in found && valueText(present) !== valueText(old)) rows.push({ chip, register, old, present });
-        }
-      }
-      this.restorable = rows;
-      this.snapshotTable.node.hidden = false;
-      this.snapshotTable.update(rows.slice(0, SHOWN), (row) => `${row.chip} ${row.register}`);
-      setText(
-        this.snapshotFacts,
-        [
-          `${file.name}, of ${String(snapshot.time).slice(0, 19).replace("T", " ")} UTC: ` +
-            `${plural(rows.length, "register")} different`,
-          ...(absent.length ? [`${plural(absent.length, "chip")} of it not known now`] : []),
-          ...(rows.length > SHOWN ? [`the first ${SHOWN} are shown`] : []),
-        ].join("; "),
-      );
-      this.restoreButton.hidden = !rows.length;
-    });
-  }
-
-  async restore() {
-    const rows = this.restorable ?? [];
-    if (
-      !(await ask({
-        title: `Write ${plural(rows.length, "register")} as in the snapshot?`,
-        lines: ["The wanted values become those of the snapshot, and these registers are written."],
-        action: "Write",
-        danger: true,
-      }))
-    )
-      return;
-    const pieces = [{}];
-    let size = 0;
-    for (const { chip, register, old } of rows) {
-      size += register.length + JSON.stringify(old).length + 8 + (pieces.at(-1)[chip] ? 0 : chip.length + 8);
-      if (size > PIECE) {
-        pieces.push({});
-        size = 0;
-      }
-      (pieces.at(-1)[chip] ??= {})[register] = old;
-    }
-    for (const [place, updates] of pieces.entries()) {
-      const title = pieces.length > 1 ? `snapshot, piece ${place + 1} of ${pieces.length}` : "snapshot";
-      if (!(await this.do(title, "send_configuration", { updates }))) return;
-    }
-    this.openSnapshot();
-  }
-
   // Any action.
 
   showActions() {
@@ -881,6 +839,7 @@ export class ConfigurationTab {
 
   show() {
     this.update(new Set(["status", "actions"]));
+    this.snapshots.renew();
     if (this.producer.value && !this.asked) {
       this.asked = true;
       this.getBoards();
@@ -903,6 +862,7 @@ export class ConfigurationTab {
       this.showActions();
     }
     for (const made of this.changes) setAttribute(made, "disabled", !this.app.mayChange || !this.producer.value);
+    this.snapshots.update();
   }
 }
 
@@ -917,6 +877,19 @@ function number(text, what) {
 function numbers(text, what) {
   const parts = text.split(/[\s,;]+/).filter(Boolean);
   return parts.length ? parts.map((part) => number(part, what)) : null;
+}
+
+// Limits of monitors as a person writes them, "vdda_ma=600 vdda_mv=1700-1900": a highest value or a range; null for
+// none.
+export function parseLimits(text) {
+  const parts = text.split(/[\s,;]+/).filter(Boolean);
+  const limits = parts.map((part) => {
+    const match = /^(\w+)=(\d+(?:\.\d+)?)(?:-(\d+(?:\.\d+)?))?$/.exec(part);
+    if (!match) throw new Error(`limits: expected vdda_ma=600 or vdda_mv=1700-1900, found ${cut(part, 40)}`);
+    const [, name, first, last] = match;
+    return [name, last === undefined ? Number(first) : [Number(first), Number(last)]];
+  });
+  return limits.length ? Object.fromEntries(limits) : null;
 }
 
 // The names of supplies with their units: vdda_mv becomes "vdda, mV", with a question mark if its scale is uncertain.

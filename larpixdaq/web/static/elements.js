@@ -174,6 +174,31 @@ export class Facts {
   }
 }
 
+// How a long request goes: its words, a bar, and at the end what has become of it.
+export class Progress {
+  constructor(label) {
+    this.text = element("p", { class: "progress-line", role: "status" });
+    this.bar = element("progress", { hidden: true, "aria-label": label });
+    this.node = element("div", {}, this.text, this.bar);
+  }
+
+  // Shows a response. A progress without a share leaves the bar as it is.
+  report(response) {
+    const share = response.total ? ` (${response.done} of ${response.total})` : "";
+    if (response.total) [this.bar.max, this.bar.value] = [response.total, response.done];
+    this.bar.hidden = response.kind !== "progress" || (this.bar.hidden && !response.total);
+    if (response.kind === "ack") this.say("accepted");
+    else if (response.kind === "progress") this.say(`${response.text}${share}`);
+    else if (response.kind === "error") this.say(response.text, "alarm");
+    else this.say("done");
+  }
+
+  say(text, level = null) {
+    setText(this.text, text);
+    setAttribute(this.text, "data-level", level);
+  }
+}
+
 // Asks for a confirmation, with optional fields [{name, label, input}]. Resolves with {name: value}, or null if the
 // person has decided against it. The dialog keeps the focus inside; Escape closes it.
 export function ask({ title, lines = [], action, danger = false, fields = [] }) {
