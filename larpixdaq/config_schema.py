@@ -50,6 +50,11 @@ class Host(_Table, frozen=True):
     state_dir: Annotated[str, Meta(description="its state directory (default: that of [detector])")] = ""
 
 
+_Tile = Annotated[int, Meta(ge=0, le=9)]
+_Dac = Annotated[int, Meta(ge=0, le=0xFFFF)]
+_Limit = float | Annotated[list[float], Meta(min_length=2, max_length=2)]
+
+
 class Board(_Table, frozen=True):
     """A PACMAN or Bern board. A producer reads it if its `boards` name it."""
 
@@ -73,6 +78,25 @@ class Board(_Table, frozen=True):
     asic: Annotated[
         Literal["1", "2", "2b", "2d", "lightpix-1", "3"] | UnsetType,
         Meta(description="generation of its chips, one for all boards of a producer (default: `asic` of the producer)"),
+    ] = UNSET
+    tiles: Annotated[
+        list[_Tile] | UnsetType, Meta(description="tiles of a PACMAN, from 0, that power_up switches on")
+    ] = UNSET
+    vdda_dac: Annotated[
+        _Dac | list[_Dac] | UnsetType, Meta(description="DAC of VDDA for power_up: for all tiles, or a list by tile")
+    ] = UNSET
+    vddd_dac: Annotated[
+        _Dac | list[_Dac] | UnsetType, Meta(description="DAC of VDDD for power_up: for all tiles, or a list by tile")
+    ] = UNSET
+    limits: Annotated[
+        dict[str, _Limit] | UnsetType,
+        Meta(
+            description="monitors beyond which power_up switches a tile off: highest value or [lowest, highest], as in "
+            "{vdda_ma = 600, vdda_mv = [1700, 1900]}"
+        ),
+    ] = UNSET
+    inverted: Annotated[
+        bool | UnsetType, Meta(description="power_up inverts the lines of its tiles, as v2b tiles of the 2x2 need it")
     ] = UNSET
 
 

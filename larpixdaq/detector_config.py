@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Final, NamedTuple, NoReturn, get_args, get_origin
 
 import msgspec
 from msgspec import UNSET
@@ -52,6 +52,11 @@ _DERIVED: Final = ("address", "output-dir", "asic")
 #: A board's address, and the port of its data where the address has none.
 _BOARD_ADDRESS: Final = re.compile(r"(?:tcp://)?(?P<host>\[[^]]*\]|[^:]+)(?::(?P<data>\d+))?")
 _BOARD_DATA_PORT: Final = 5556
+#: Keys of a board for power_up, and those under which --power-settings has them.
+_POWER_KEYS: Final = {
+    "tiles": "io_group_pacman_tile_", "vdda_dac": "iog_VDDA_DAC", "vddd_dac": "iog_VDDD_DAC",
+    "limits": "power_limits", "inverted": "line_inversion",
+}  # fmt: skip
 _WHERE: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 Keys = tuple[str, ...]
 
@@ -194,6 +199,8 @@ class DetectorConfig:
     def _check(self, value: Any, kind: Any, keys: Keys) -> None:
         """Check types, limits and names of keys."""
         kind = without_unset(kind)
+        if get_origin(kind) is Annotated and get_origin(table := without_unset(get_args(kind)[0])) is dict:
+            kind = table  # whose keys are checked one by one, so that the error names the wrong one
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
             fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
             self._check_table(value, keys)
@@ -276,6 +283,10 @@ class DetectorConfig:
             self.fail((*keys, "boards"), "a producer reads boards of one kind: found bern and pacman")
         kind = kinds.pop()
         options: dict[str, Any] = {kind: [f"{board.io_group}={board.address}" for board in boards.values()]}
+        if power := self._power_settings(boards):
+            if "power-settings" in table:
+                self.fail((*keys, "power-settings"), "the boards have settings of their own: leave one of both out")
+            options["power-settings"] = json.dumps(power)
         for key in ("bern", "pacman", "pacman-revision", "pacman-uarts"):
             if key in table:
                 self.fail((*keys, key), "is given by the boards: leave it out")
@@ -294,6 +305,21 @@ class DetectorConfig:
                         f"expected {asic} as for other boards of {_dotted(keys)}, found {board.asic}",
                     )
         return options
+
+    def _power_settings(self, boards: Mapping[str, Board]) -> dict[str, dict[str, Any]]:
+        """Return the settings of boards for power_up, as --power-settings takes them. There tiles count from 1."""
+        settings: dict[str, dict[str, Any]] = {}
+        for name, board in boards.items():
+            for key, theirs in _POWER_KEYS.items():
+                value = getattr(board, key)
+                if value is UNSET:
+                    continue
+                if board.kind != "pacman":
+                    where = ("boards", name, key.replace("_", "-"))
+                    self.fail(where, f"is for PACMAN boards only, not for kind {board.kind}")
+                value = [tile + 1 for tile in value] if key == "tiles" else value
+                settings.setdefault(theirs, {})[str(board.io_group)] = value
+        return settings
 
     def _check_names(self) -> None:
         known: dict[str, Component] = {}
@@ -544,9 +570,11 @@ def _dotted(keys: Keys) -> str:
 
 
 def _toml(value: Any) -> str:
-    """Return a text, number, truth value or list as TOML."""
+    """Return a text, number, truth value, list or table as TOML."""
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_dotted((key,))} = {_toml(part)}' for key, part in value.items())}}}"
     if isinstance(value, float) and not value.is_integer():
         return repr(value)
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

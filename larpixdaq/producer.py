@@ -29,7 +29,7 @@ from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.constants import HARDWARE_ACTIONS, Count, unusable
 from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import ConfigError, RequestError, RingError, StateError
-from larpixdaq.hardware.power_settings import read_settings
+from larpixdaq.hardware.power_settings import located, read_settings
 from larpixdaq.hardware.supervisor import Child
 from larpixdaq.keys.curve import Admission, new_pair
 from larpixdaq.protocol import hardware
@@ -132,7 +132,7 @@ class Producer:
             for group in source.io_groups:
                 kind, revision, uarts = by_group.get(group, ("", 0, 0))
                 infos.append(hardware.BoardInfo(group, kind, source.name, revision, uarts))
-        settings = str(options.power_settings.resolve()) if options.power_settings else ""
+        settings = located(options.power_settings or "")
         setup = hardware.Setup(infos, options.asic, int(asic), self.layout.code, power_settings=settings)
         self.child = Child(options.routines, self.commands, setup, self.tracker, self._record_changes)
         self.readout = Readout(
@@ -590,8 +590,9 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         "run with your rights",
     )  # fmt: skip
     parser.add_argument(
-        "--power-settings", type=Path, metavar="FILE",
-        help="DACs, limits and tiles of each PACMAN for power_up: a JSON file with the keys of a RUN_CONFIG.json",
+        "--power-settings", metavar="FILE",
+        help="DACs, limits and tiles of each PACMAN for power_up: a JSON file with the keys of a RUN_CONFIG.json, or "
+        "its content, which begins with {",
     )  # fmt: skip
     parser.add_argument(
         "--clock-limit", type=parse_positive, default=1.0, metavar="SECONDS",
@@ -603,6 +604,20 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def check(options: argparse.Namespace) -> None:
+    """Raise LarpixDaqError for options that cannot work on this machine."""
+    _check_power_settings(options)
+    source_options.create(options)
+
+
+def _check_power_settings(options: argparse.Namespace) -> None:
+    if options.power_settings:
+        try:
+            read_settings(options.power_settings)
+        except RequestError as error:
+            raise ConfigError(str(error)) from None
+
+
 def main(argv: list[str] | None = None) -> int:
     options = argument_parser().parse_args(argv)
 
@@ -611,11 +626,7 @@ def main(argv: list[str] | None = None) -> int:
             for folder in options.routines:
                 if not folder.is_dir():
                     raise ConfigError(f"--routines {folder}: no such directory")
-            if options.power_settings:
-                try:
-                    read_settings(str(options.power_settings))
-                except RequestError as error:
-                    raise ConfigError(str(error)) from None
+            _check_power_settings(options)
             boards = source_options.create(options)
             waits = options.when_full == "wait" if options.when_full else all(source.waits for source in boards)
             for source in boards:

@@ -67,7 +67,7 @@ PROGRAMS: Final = (
     Program("offline_storage", "storages", True, offline_storage.argument_parser),
     Program("run_data", "monitors", True, run_data.argument_parser),
     Program("emulators", "emulators", True, pacman.argument_parser, pacman.check_arguments, pacman.listening_ports),
-    Program("producer", "producers", True, producer.argument_parser, source_options.create),
+    Program("producer", "producers", True, producer.argument_parser, producer.check),
     Program("metrics", "metrics", False, metrics.argument_parser, metrics.check),
     Program("web", "web", False, web.argument_parser, web.check),
 )

@@ -1,12 +1,13 @@
-"""Settings of the tiles' supplies for power_up: DACs, limits and tiles of each PACMAN, from a JSON file.
+"""Settings of the tiles' supplies for power_up: DACs, limits and tiles of each PACMAN, as JSON, mostly in a file.
 
-The file has the keys of the RUN_CONFIG.json that laboratories have, by io_group, with tiles from 1:
+It has the keys of the RUN_CONFIG.json that laboratories have, by io_group, with tiles from 1:
 
     {"io_group_pacman_tile_": {"1": [1, 2]}, "iog_pacman_version_": {"1": "v1rev4"},
      "io_group_asic_version_": {"1": "2b"}, "iog_VDDA_DAC": {"1": [46000, ...]}, "iog_VDDD_DAC": {"1": [31000, ...]}}
 
-DACs are a list by tile or a number for all tiles. `power_limits` is our own: limits of monitors as in power_up, by
-io_group, or under "all" for all boards. Other keys are ignored.
+DACs are a list by tile or a number for all tiles. Our own are `power_limits`, limits of monitors as in power_up, by
+io_group, or under "all" for all boards; and `line_inversion`, whether the lines of its tiles are inverted, by io_group
+(default: for 2b). Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -42,12 +43,32 @@ class BoardSettings:
     dacs: dict[str, list[int]] = field(default_factory=dict)
     revision: int = 0
     asic: str = ""
+    inverted: bool = False
     limits: Limits = field(default_factory=dict)
 
 
-def read_settings(file: str) -> dict[int, BoardSettings]:
-    """Read settings by io_group. RequestError with the file, the key, what was expected and what was found."""
-    path = Path(file)
+def located(settings: str) -> str:
+    """Return settings, the path of a file or JSON itself, as a process in another working directory reads them."""
+    return settings if not settings or _is_json(settings) else str(Path(settings).resolve())
+
+
+def name_of(settings: str) -> str:
+    """Return what an error calls settings."""
+    return "its power settings" if _is_json(settings) else settings
+
+
+def _is_json(settings: str) -> bool:
+    return settings.startswith("{")
+
+
+def read_settings(settings: str) -> dict[int, BoardSettings]:
+    """Read settings by io_group, from the path of a file or from JSON.
+
+    RequestError with the file, the key, what was expected and what was found.
+    """
+    if _is_json(settings):
+        return _parse(settings, "power settings")
+    path, file = Path(settings), settings
     try:
         with path.open("rb") as opened:
             data = opened.read(_MAX_BYTES + 1)
@@ -55,14 +76,18 @@ def read_settings(file: str) -> dict[int, BoardSettings]:
         raise RequestError(f"power settings {file}: {error.strerror}") from None
     if len(data) > _MAX_BYTES:
         raise RequestError(f"power settings {file}: larger than {_MAX_BYTES} bytes")
+    return _parse(data, f"power settings {file}")
+
+
+def _parse(data: str | bytes, name: str) -> dict[int, BoardSettings]:
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"power settings {file}: no JSON: {error}") from None
+        raise RequestError(f"{name}: no JSON: {error}") from None
     try:
         return parse_settings(content)
     except RequestError as error:
-        raise RequestError(f"power settings {file}: {error}") from None
+        raise RequestError(f"{name}: {error}") from None
 
 
 def parse_settings(content: Any) -> dict[int, BoardSettings]:
@@ -91,7 +116,13 @@ def parse_settings(content: Any) -> dict[int, BoardSettings]:
     for io_group, asic in _table(content, "io_group_asic_version_").items():
         if isinstance(asic, bool) or not isinstance(asic, int | str) or not re.fullmatch(r"[\w.-]{1,12}", str(asic)):
             raise RequestError(f"io_group_asic_version_: {io_group}: expected 2, 2b or the like, found {asic!r:.100}")
-        boards.setdefault(io_group, BoardSettings()).asic = {"2a": "2"}.get(str(asic), str(asic))
+        board = boards.setdefault(io_group, BoardSettings())
+        board.asic = {"2a": "2"}.get(str(asic), str(asic))
+        board.inverted = board.asic == "2b"
+    for io_group, inverted in _table(content, "line_inversion").items():
+        if not isinstance(inverted, bool):
+            raise RequestError(f"line_inversion: {io_group}: expected true or false, found {inverted!r:.100}")
+        boards.setdefault(io_group, BoardSettings()).inverted = inverted
     limits = content.get("power_limits", {})
     if not isinstance(limits, dict):
         raise RequestError(f"power_limits: expected limits by io_group, found {limits!r:.100}")

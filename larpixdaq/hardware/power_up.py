@@ -12,7 +12,7 @@ from larpixdaq.errors import RequestError
 from larpixdaq.hardware.board_commands import NO_REVISION, BoardOrders
 from larpixdaq.hardware.pacman_registers import INVERTED, PacmanRevision, read, uart, write
 from larpixdaq.hardware.power import Dacs, Limits, Progress, RampError, TilePower
-from larpixdaq.hardware.power_settings import BoardSettings, parse_limits, read_settings
+from larpixdaq.hardware.power_settings import BoardSettings, name_of, parse_limits, read_settings
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.hardware.routine_arguments import check_number, check_numbers
 from larpixdaq.protocol import hardware
@@ -93,7 +93,7 @@ class PowerActions:
         limits: Limits,
     ) -> _Plan:
         """Return what to do with a board; RequestError if arguments and settings do not say it, or contradict it."""
-        name, file, asic = self._orders.names[io_group], self._link.setup.power_settings, self._link.setup.asic
+        name, file, asic = self._orders.names[io_group], name_of(self._link.setup.power_settings), self._link.setup.asic
         revision = self._orders.revision(io_group)
         if revision is None:
             hint = f" (version of {file}: {settings.revision})" if settings.revision else ""
@@ -105,7 +105,7 @@ class PowerActions:
         power = self._orders.tile_power(io_group, supplies=True, progress=self._of_board(io_group))
         selected = settings.tiles if tiles is None else tiles
         if not selected:
-            raise RequestError(f"{name}: power_up: name the tiles, or start the producer with --power-settings")
+            raise RequestError(f"{name}: power_up: no tiles, in the arguments or in settings")
         dacs = {tile: self._dacs_of(tile, name, revision, settings, given) for tile in power.valid_tiles(selected)}
         merged = {**settings.limits, **limits}
         if unknown := sorted(merged.keys() - revision.monitors().keys()):
@@ -114,8 +114,7 @@ class PowerActions:
             raise RequestError(
                 f"{name}: limits: boards of revision {revision.number} have {known}{shunts}, found {unknown[0]:.100}"
             )
-        # The scripts whose settings these are invert the lines of 2b tiles, and of no others.
-        return _Plan(io_group, power, dacs, merged, settings.asic == "2b" and revision.inversion)
+        return _Plan(io_group, power, dacs, merged, settings.inverted and revision.inversion)
 
     def _dacs_of(
         self, tile: int, name: str, revision: PacmanRevision, settings: BoardSettings, given: dict[str, int]

@@ -67,7 +67,7 @@ class Setup(msgspec.Struct, array_like=True, tag=3, frozen=True):
     read: bytes = b""
     known: bytes = b""
     pixel_layout: str = ""
-    power_settings: str = ""  # file of --power-settings
+    power_settings: str = ""  # of --power-settings: the path of a file, or JSON
 
 
 class Action(msgspec.Struct, array_like=True, tag=4, frozen=True):

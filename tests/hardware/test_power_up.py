@@ -183,7 +183,7 @@ def test_tiles_that_are_on_are_left_alone_and_their_chips_are_not_reset():
 @pytest.mark.parametrize(
     ("params", "says"),
     [
-        ({}, "name the tiles, or start the producer with --power-settings"),
+        ({}, "no tiles, in the arguments or in settings"),
         ({"tiles": 0}, "tile 0: no vdda_dac, in the arguments or in settings; laboratories have used vdda_dac=46000, "),
         ({"tiles": 0, "vdda_dac": 46_000}, "tile 0: no vddd_dac"),
         ({"tiles": 9, "vdda_dac": 1, "vddd_dac": 1}, "tiles: a board of revision 4 has 0 to 7, found 9"),

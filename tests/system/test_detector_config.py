@@ -18,6 +18,7 @@ from larpixdaq.cli.detector import PROGRAMS, explain
 from larpixdaq.config_schema import Board, explanations, json_schema
 from larpixdaq.detector_config import DetectorConfig, find_lines
 from larpixdaq.errors import ConfigError, LarpixDaqError
+from larpixdaq.hardware.power_settings import read_settings
 from larpixdaq.schema import ASICS
 from larpixdaq.sources.command_channel import REVISIONS
 
@@ -68,6 +69,14 @@ data-port = [7000]
 """
 
 
+BERN = """
+[boards]
+module1 = {address = "bern.lab", io-group = 2, kind = "bern", vdda-dac = 1}
+[producers.south]
+boards = ["module1"]
+"""
+
+
 def load(folder: Path, text: str | bytes) -> DetectorConfig:
     path = folder / "detector.toml"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -109,6 +118,32 @@ def test_one_host_without_a_name(tmp_path: Path) -> None:
     assert file.wanted("")[-1].arguments == ["--core=tcp://127.0.0.1:7000", "--name=a", "--fake"]
 
 
+def test_settings_of_boards_for_power_up(tmp_path: Path) -> None:
+    first = "revision = 4, tiles = [0, 2], vdda-dac = 46000, vddd-dac = [31000, 0, 31500], inverted = true"
+    second = '6000", io-group = 2, limits = {vdda_ma = 600, vdda_mv = [1700, 1900.5]}'
+    file = load(tmp_path, DETECTOR.replace("revision = 4", first).replace('6000", io-group = 2', second))
+    north = next(options for options in parsed(file) if options.get("name") == "north")
+    found = read_settings(north["power_settings"])
+    assert (found[1].tiles, found[1].inverted) == ([0, 2], True)
+    assert found[1].dacs == {"vdda": [46000] * 10, "vddd": [31000, 0, 31500]}
+    assert (found[2].tiles, found[2].inverted) == ([], False)
+    assert found[2].limits == {"vdda_ma": (None, 600), "vdda_mv": (1700, 1900.5)}
+    (tmp_path / "routines").mkdir()
+    file.check_start("daq2", frozenset({"north"}))
+    assert parsed(load(tmp_path, "\n".join(file.effective()))) == parsed(file)
+    with pytest.raises(
+        ConfigError, match=r"25: producers\.north\.power-settings: the boards have settings of their own"
+    ):
+        load(tmp_path, DETECTOR.replace("revision = 4", first).replace('ring = "64MiB"', 'power-settings = "x.json"'))
+    with pytest.raises(
+        ConfigError, match=r"3: boards\.module1\.vdda-dac: is for PACMAN boards only, not for kind bern"
+    ):
+        load(tmp_path, BERN)
+    file = load(tmp_path, DETECTOR.replace("revision = 4", "limits = {vdda_mv = [2, 1]}"))
+    with pytest.raises(ConfigError, match=r"22: producers\.north: power settings: limits: vdda_mv: the lowest value 2"):
+        file.check_start("daq2", frozenset({"north"}))
+
+
 #: Text to be replaced, by what, and the message with its line.
 ERRORS = [
     ('ring = "64MiB"', 'rimg = "64MiB"', "25: producers.north.rimg: unknown key; did you mean ring?"),
@@ -129,6 +164,11 @@ ERRORS = [
     ('"module1"]', '"modul1"]', "24: producers.north.boards: unknown board 'modul1'; did you mean module1?"),
     ('"module1"]', '"module0"]', "24: producers.north.boards: board 'module0' twice"),
     ("revision = 4", "revision = 6", "19: boards.module0.revision: expected a whole number from 2 to 5, found 6"),
+    ("revision = 4", "tiles = [10]", "19: boards.module0.tiles: expected a list of values, each a whole number from"),
+    ("revision = 4", "vdda-dac = 65536", "19: boards.module0.vdda-dac: expected "),
+    ("revision = 4", "limits = {vdda_ma = true}", "19: boards.module0.limits.vdda_ma: expected a number or a list"),
+    ("revision = 4", 'vdda-dac = 1, kind = "bern"', "24: producers.north.boards: a producer reads boards of one kind"),
+    ("revision = 4", "limits = [600]", "19: boards.module0.limits: expected a table, found [600]"),
     ("revision = 4", 'kind = "bern"', "24: producers.north.boards: a producer reads boards of one kind"),
     ("io-group = 2", "io-group = 1", "20: boards.module1.io-group: io_group 1 is that of boards.module0.io-group"),
     ("io-group = 2", "io-group = 0", "20: boards.module1.io-group: expected a whole number from 1 to 255, found 0"),

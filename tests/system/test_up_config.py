@@ -322,7 +322,7 @@ def test_three_hosts_of_one_file(tmp_path: Path) -> None:
 
 def test_the_examples_of_the_documentation(made: Detector) -> None:
     """Those of docs/operate.md, with other ports, and with the emulated board of the page."""
-    first, emulator, generations, hosts = re.findall(
+    first, emulator, generations, settings, hosts = re.findall(
         r"^```toml\n(.*?)^```$", (Path(__file__).parents[2] / "docs" / "operate.md").read_text(), re.M | re.S
     )
     data, command = free_ports(2)
@@ -337,8 +337,9 @@ def test_the_examples_of_the_documentation(made: Detector) -> None:
     status, words = made.run("run", "--core", made.core, "--duration", "1s")
     assert (status, "run 1: COMPLETE, 1 s, " in words) == (0, True), words
     assert made.run("down", made.path)[0] == 0
-    made.path.write_text(generations)
-    assert made.run("config", made.path)[0] == 0
+    for text in (generations, f'{settings}[producers.v2b]\nboards = ["module2"]\n'):
+        made.path.write_text(text)
+        assert made.run("config", made.path)[0] == 0
     made.path.write_text(hosts)
     status, commands = made.run("config", made.path, "--commands", "--host", "daq2")
     assert (status, len(commands.splitlines())) == (0, 2)
