@@ -1,11 +1,15 @@
 """Runs scripts of public repositories against the emulator, unmodified but for addresses.
 
     python bench/public.py --tens larpix-10x10-scripts --crs crs_daq --larpix-control larpix-control
+    python bench/public.py --routines larpix-daq-routines
+    python bench/public.py --monitor larpix-monitor
 
 Each option names a checkout (crs_daq: branch 2x2); the scripts of those that are given run, in copies of them. A PACMAN
 is emulated on a loopback address with its usual ports, as larpix-control's PACMAN_IO wants them. `--larpix-control`:
-its newest version, which hydra_v2a.py needs (`reset_tiles`); without it the installed one. crs_daq needs tqdm.
-One line for each script: seconds, exit status and what was found; its whole output is in NAME.out of the copy.
+its newest version, which hydra_v2a.py needs (`reset_tiles`); without it the installed one. `--routines`: the routines
+of larpix-daq-routines run in a producer, first unmodified, then with the changes of docs/migration.md. `--monitor`:
+larpix-monitor reads the raw file of a run. It needs tqdm, plotly and pytz, crs_daq tqdm. One line for each script or
+routine: seconds, exit status and what was found; the whole output of a script is in NAME.out of the copy.
 """
 
 from __future__ import annotations
@@ -24,8 +28,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import argument_parser
+from common import argument_parser, begin_run, temporary_system
 from emulated_board import Emulator
+from processes import until
+
+from larpixdaq.errors import LarpixDaqError
+from larpixdaq.operator import Operator
 
 #: Maximum seconds of a script.
 LIMIT = 1800.0
@@ -33,6 +41,25 @@ LIMIT = 1800.0
 MESSAGES = 10_000
 #: Data and command port of a PACMAN.
 PORTS = (5556, 5555)
+
+
+#: Changes that larpix-daq-routines need for v2 chips, as docs/migration.md has them: pattern and replacement.
+CHANGES = (
+    (r"controller\.get_chip\((\w+)\)", r"controller[\1]"),
+    (r"\brange\(32\)", "range(64)"),
+    (r"\]\*32\b", "]*64"),
+    (r"iter_idx < 31\b", "iter_idx < 63"),
+    (r"Configuration\.pixel_trim_threshold_addresses", '["pixel_trim_dac"]'),
+    (r"Configuration\.channel_mask_addresses", '["channel_mask"]'),
+    (r"Configuration\.global_threshold_address", '"threshold_global"'),
+    (r"Configuration\.test_mode_xtrig_reset_diag_address", '"enable_periodic_reset"'),
+    (r"config\.global_threshold\b", "config.threshold_global"),
+    (r"config\.pixel_trim_thresholds\b", "config.pixel_trim_dac"),
+    (r"config\.periodic_reset\b", "config.enable_periodic_reset"),
+    (r" *chip\.config\.sample_cycles = .*\n", ""),
+    (r"extract\('adc_counts'(.*)\bchannel=", r"extract('dataword'\1channel_id="),
+    (r"(_rough_leakage, \['chip', 'run_time')\]", r"\1, 'parallelize']"),
+)
 
 
 class Step(NamedTuple):
@@ -208,10 +235,103 @@ def crs(checkout: Path, library: Path | None, asic: str, faults: list[str]) -> b
         return run([Step(record, messages_in("x.h5", MESSAGES))], folder, library) and good
 
 
+def routines(checkout: Path) -> bool:
+    """The routines of larpix-daq-routines for an emulated v2 chip, unmodified and changed."""
+    folder = copied(checkout, "routines")
+    board = Emulator("--asic", "2", "--chips", "1", "--power-on", "--write-network", str(folder / "tile.json"))
+    try:
+        with temporary_system() as system:
+            operator = system.start("--pacman", *board.addresses, "--asic", "2", "--routines", folder / "routines")
+            operator.load_board(str(folder / "tile.json")).result(60)
+            operator.configure_network().result(60)
+            (chip,) = operator.retrieve_configuration(registers=0).result(60)
+            calls: dict[str, list[Any]] = {
+                "load_configuration": [chip, "mine.json"],
+                "configure_to_rate": [chip, 50, 1000, 110, 16, 0.2],
+                "leakage": [chip, 1],
+                "pedestal": [chip],
+                "rough_leakage": [chip, 0.05, False],
+                "test_pulse": [chip, 20, 1],
+            }
+            # All channels of v2 chips are masked at power-up.
+            operator.send_configuration({chip: {"channel_mask": [0] * 64, "threshold_global": 110}}).result(60)
+            own = operator.retrieve_configuration(chip).result(60)[chip]["wanted"]
+            (folder / "configs" / "mine.json").write_text(chip_file(own))
+            print("unmodified:")
+            for name, arguments in calls.items():
+                run_routine(operator, name, arguments)
+            for path in (folder / "routines").glob("*.py"):
+                text = path.read_text()
+                for pattern, replacement in CHANGES:
+                    text = re.sub(pattern, replacement, text)
+                path.write_text(text)
+            print("with the changes of docs/migration.md:")
+            good = [run_routine(operator, name, arguments) for name, arguments in calls.items()]
+            return all(good)
+    finally:
+        board.close()
+
+
+def monitor(checkout: Path) -> bool:
+    """larpix-monitor's loader and plots for a raw file, which must have as many packets as the packet file."""
+    import h5py
+
+    folder = copied(checkout, "monitor")
+    (folder / "layout-2.4.0.yaml").write_text("chips: []\n")  # which its modules read, also without a pixel map
+    board = Emulator("--rate", "20000", "--words-per-message", "10", "--pps")
+    try:
+        with temporary_system() as system:
+            system.launch_core()
+            system.launch_storage("--raw")
+            operator = begin_run(system, "--pacman", *board.addresses, "--asic", "2")
+            time.sleep(3)
+            (name,) = operator.end_run().result(60)["files"]
+            (packets,) = system.data.glob("*[0-9].h5")
+            until(lambda: packets.with_suffix(".raw.h5").exists(), f"the raw file of {name}", 60)
+            with h5py.File(packets) as file:
+                received = int((file["packets"]["direction"][:] == 1).sum())
+            shutil.copy(packets.with_suffix(".raw.h5"), folder / "x.h5")
+    finally:
+        board.close()
+    plots = ["--plots", "PacketRate", "FIFOFlags", "HotPixelPlot"]
+    load = ["run_monitor.py", "--once", "x.h5", "--max_msgs", "-1", *plots]
+    return run([Step(load, lambda output, _: packets_loaded(output, received))], folder, None)
+
+
+def packets_loaded(output: str, received: int) -> str:
+    (found,) = re.findall(r"got (\d+) packets", output)
+    plots = re.findall(r"generated (\d+) plots", output)
+    if int(found) < received:
+        raise ValueError(f"{found} packets, {received} were received")
+    return f"{found} packets with time stamps, {received} without, {plots[-1]} plots"
+
+
+def chip_file(registers: dict[str, Any]) -> str:
+    """Return a chip's configuration file of larpix-control."""
+    return json.dumps({"_config_type": "chip", "class": "Configuration_v2", "register_values": registers})
+
+
+def run_routine(operator: Operator, name: str, arguments: list[Any]) -> bool:
+    """Run a routine and print how it ended. Returns whether its result is one."""
+    began = time.monotonic()
+    said = []
+    try:
+        for response in operator.run_routine(name, *arguments):
+            if response.kind == "progress":
+                said.append(response.text)
+        found, good = f"{response.value!r}, after {len(said)} lines such as {said[-1]!r}", response.value != "error"
+    except LarpixDaqError as error:
+        found, good = str(error).splitlines()[0], False
+    print(f"{name:20} {time.monotonic() - began:7.1f} s  {found}", flush=True)
+    return good
+
+
 def main() -> int:
     parser = argument_parser(__doc__, json=False)
     parser.add_argument("--tens", type=Path, metavar="DIR", help="checkout of larpix-10x10-scripts")
     parser.add_argument("--crs", type=Path, metavar="DIR", help="checkout of crs_daq")
+    parser.add_argument("--routines", type=Path, metavar="DIR", help="checkout of larpix-daq-routines")
+    parser.add_argument("--monitor", type=Path, metavar="DIR", help="checkout of larpix-monitor")
     parser.add_argument("--asic", choices=("2", "2b"), action="append", help="of crs_daq only this generation of chips")
     parser.add_argument("--larpix-control", type=Path, metavar="DIR", help="checkout of larpix-control")
     parser.add_argument(
@@ -225,6 +345,10 @@ def main() -> int:
     good = True
     if options.tens:
         good &= tens(options.tens, library, options.all_links, options.fault)
+    if options.routines:
+        good &= routines(options.routines)
+    if options.monitor:
+        good &= monitor(options.monitor)
     if options.crs:
         for asic in options.asic or ("2", "2b"):
             good &= crs(options.crs, library, asic, options.fault)

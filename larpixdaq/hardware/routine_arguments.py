@@ -65,7 +65,7 @@ def check_arguments(
 def _in_order(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """Return the arguments for `*args`, of which the last ones may be missing."""
     if len(args) > len(names):
-        raise TypeError(f"expected at most {len(names)} arguments, found {len(args)}")
+        raise TypeError(f"expected at most {len(names)} arguments, found {len(args)}: its Routine() names all it takes")
     given = dict(zip(names, args, strict=False))
     for name, value in kwargs.items():
         if name not in names:

@@ -88,13 +88,23 @@ def test_the_settings_of_a_laboratory_say_tiles_and_dacs(tmp_path):
     assert (models[1].dac["A", 1], models[1].dac["D", 1], models[2].writes) == (100, 2_800, [])
 
 
-def test_settings_of_2b_chips_invert_the_lines_of_their_tiles(tmp_path):
-    file = settings_file(tmp_path, io_group_asic_version_={"1": "2b", "2": 2}, io_group_pacman_tile_={"1": [2]})
-    models, actions, _ = boards(4, file=file, asic="2b")
-    actions.power_up()
-    assert {register: value for register, value in models[1].writes if 0x3000 <= register < 0x24000} == {
-        0x2000 + 0x1000 * io_channel + 0x1C: 3 for io_channel in (5, 6, 7, 8)
-    }
+@pytest.mark.parametrize(
+    ("asic", "changes", "inverted"),
+    [
+        ("2b", {}, True),
+        ("2", {}, False),
+        ("2b", {"line_inversion": {"1": False}}, False),
+        ("2", {"line_inversion": {"1": True}}, True),
+    ],
+)
+def test_the_lines_of_2b_tiles_or_as_the_settings_say_are_inverted(asic, changes, inverted, tmp_path):
+    settings = {"io_group_asic_version_": {"1": asic}, "io_group_pacman_tile_": {"1": [2]}} | changes
+    for file in (settings_file(tmp_path, **settings), json.dumps(RUN_CONFIG | settings)):  # a path, or JSON itself
+        models, actions, _ = boards(4, file=file, asic=asic)
+        actions.power_up()
+        assert {register: value for register, value in models[1].writes if 0x3000 <= register < 0x24000} == {
+            0x2000 + 0x1000 * io_channel + 0x1C: 3 for io_channel in (5, 6, 7, 8) if inverted
+        }
 
 
 @pytest.mark.parametrize(
@@ -221,6 +231,7 @@ def test_limits_in_ma_are_refused_where_the_unit_of_currents_is_not_established(
         ({"iog_VDDA_DAC": {"x": 1}}, "iog_VDDA_DAC: expected io_groups from 1 to 255 as keys, found 'x'"),
         ({"io_group_pacman_tile_": {"1": [0]}}, "io_group_pacman_tile_: 1: expected a whole number from 1 to 10"),
         ({"iog_pacman_version_": {"1": "rev9"}}, "iog_pacman_version_: 1: expected v1rev4 or the like, found 'rev9'"),
+        ({"line_inversion": {"1": 1}}, "line_inversion: 1: expected true or false, found 1"),
         ({"power_limits": {"all": {"vdda_ma": "x"}}}, "limits: vdda_ma: expected a number or .lowest, highest., found"),
         ({"power_limits": {"1": {"vdda_mv": [2, 1]}}}, "limits: vdda_mv: the lowest value 2 is above the highest 1"),
     ],
@@ -252,6 +263,8 @@ def test_files_that_are_no_settings_are_named(tmp_path):
             read_settings(str(file))
     with pytest.raises(RequestError, match="No such file"):
         read_settings(str(tmp_path / "y.json"))
+    with pytest.raises(RequestError, match=r"^power settings: no JSON: "):
+        read_settings("{no JSON")
 
 
 _groups = st.sampled_from(["1", "2", "all", "x"])
@@ -260,7 +273,7 @@ _json = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_groups, inner, max_size=3),
     max_leaves=12,
 )  # fmt: skip
-_keys = st.sampled_from([*RUN_CONFIG, "power_limits"])
+_keys = st.sampled_from([*RUN_CONFIG, "power_limits", "line_inversion"])
 
 
 @given(st.dictionaries(_keys, _json, max_size=4) | _json)

@@ -254,7 +254,7 @@ def test_arguments_results_and_the_controller_pass(child):
         ("typed", (3,), "failed", "(chip, seconds=1.0, channels=None): chip: expected str, found 3"),
         ("typed", ("1-1-2", "fast"), "failed", "seconds: expected float, found 'fast'"),
         ("typed", ("1-1-2", 1, [1, "2"]), "failed", "channels: expected int, found [1, '2']"),
-        ("old", (1, 2, 3), "failed", "routine old(chip, seconds): expected at most 2 arguments, found 3"),
+        ("old", (1, 2, 3), "failed", "routine old(chip, seconds): expected at most 2 arguments, found 3: its Routine"),
         ("raises", (), "failed", "routine raises: KeyError: 'no such chip'"),
         ("exits", (), "failed", "routine exits: SystemExit: 3"),
         ("nothing", (), "failed", "routine nothing: expected (controller, result) from it, found NoneType"),
