@@ -31,7 +31,7 @@ _COMMANDS: Final = {
 }
 
 
-def parser(modules: Iterable[str] = _COMMANDS) -> argparse.ArgumentParser:
+def argument_parser(modules: Iterable[str] = _COMMANDS) -> argparse.ArgumentParser:
     """Make the parser, with the commands of these modules."""
     top = config.ArgumentParser(prog="larpixdaq", description="Data acquisition for LArPix detectors")
     top.add_argument("--version", action="version", version=f"larpix-daq {VERSION}")
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     # The other modules are not imported, because some take longer than a command.
     wanted = [module for module, commands in _COMMANDS.items() if arguments and arguments[0] in commands]
     try:
-        options = parser(wanted or _COMMANDS).parse_args(arguments, argparse.Namespace(argv=arguments))
+        options = argument_parser(wanted or _COMMANDS).parse_args(arguments, argparse.Namespace(argv=arguments))
     except KeyboardInterrupt:  # while modules are imported
         print("larpixdaq: interrupted by SIGINT", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from larpixdaq.emulators import pacman, serial_board
 from larpixdaq.errors import LarpixDaqError, UsageError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def argument_parser() -> argparse.ArgumentParser:
     parser = config.ArgumentParser(
         prog="larpixdaq-emulator", description="Emulated boards, on real sockets and pseudo-terminals."
     )
@@ -22,7 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = boards.add_parser(name, help=description, description=module.DESCRIPTION)
         module.add_arguments(command)
         command.set_defaults(module=module)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = argument_parser().parse_args(argv)
     try:
         args.module.check_arguments(args)
         args.module.run(args)

@@ -9,6 +9,7 @@ import pytest
 from larpixdaq import constants, schema
 from larpixdaq._native import decoders
 from larpixdaq.hdf5 import layout as files_layout
+from larpixdaq.hdf5.metadata import attributes
 
 EXT = Path(__file__).resolve().parents[2] / "ext"
 
@@ -77,3 +78,16 @@ def test_file_and_documentation_describe_every_column(tmp_path):
                 assert f"`/{name}`" in documentation
                 described |= {f"| `{column}` | {unit} | {meaning} |" for column, unit, meaning in lines}
     assert [line for line in described if line not in documentation.splitlines()] == []
+
+
+def test_documentation_describes_every_attribute(tmp_path):
+    documentation = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
+    with files_layout.create(tmp_path / "a.h5", schema.LAYOUTS[1], "2", attributes(42, 0, "physics")) as file:
+        found = {(f"/{name}", attribute) for name in ("_header", "meta") for attribute in file[name].attrs}
+        found |= {(f"/{name}", attribute) for name in ("packets", "configs") for attribute in file[name].attrs}
+        assert {("/packets", "columns"), ("/configs", "columns")} <= found
+        everywhere: list[str] = []
+        file.visititems(lambda _, item: everywhere.extend(item.attrs))
+    described = set(re.findall(r"^\| `(/\w+)` \| `(\w+)` \|", documentation, re.MULTILINE))
+    assert described == {pair for pair in found if pair[1] != "columns"}
+    assert set(everywhere) == {attribute for _, attribute in found}

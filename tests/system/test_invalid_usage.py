@@ -350,5 +350,5 @@ def test_without_a_core(started: Started) -> None:
 @pytest.mark.parametrize("module", cli._COMMANDS)
 def test_each_module_adds_the_commands_for_which_it_is_imported(module: str) -> None:
     """Otherwise `larpixdaq COMMAND` would import all modules."""
-    (commands,) = (action for action in cli.parser([module])._actions if action.dest == "command")
+    (commands,) = (action for action in cli.argument_parser([module])._actions if action.dest == "command")
     assert tuple(commands.choices) == cli._COMMANDS[module]

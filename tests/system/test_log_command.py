@@ -52,8 +52,8 @@ def test_the_commands_are_those_of_their_modules():
     for module, names in cli._COMMANDS.items():
         for name in names:
             with pytest.raises(SystemExit, match="0"):
-                cli.parser([module]).parse_args([name, "--help"])
-        texts = cli.parser([module]).format_help()
+                cli.argument_parser([module]).parse_args([name, "--help"])
+        texts = cli.argument_parser([module]).format_help()
         others = {other for key, found in cli._COMMANDS.items() if key != module for other in found}
         assert not any(f"\n    {other} " in texts for other in others)
 

@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import msgspec
@@ -426,3 +428,16 @@ def test_a_run_by_its_number(line, tmp_path):
     status, out, _ = run("hot", number, *state, "--json")
     assert status == 0
     assert json.loads(out)["run"] == number
+
+
+def test_the_plot_of_the_documentation(good, monkeypatch):
+    """That of docs/extending.md."""
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    (code,) = re.findall(r"^```python\n(# of larpixdaq/plots.py\n.*?)^```$", text, re.M | re.S)
+    names = dict(vars(plots))
+    exec(compile(code, "extending.md", "exec"), names)
+    monkeypatch.setitem(plots._PANELS, "hits", names["_hits"])
+    summary = summarise([good])
+    assert f"{int(summary.packets.sum()):,} data packets of {len(summary.chips)} chips" in texts(
+        plots.figure([summary], ["hits"])
+    )
