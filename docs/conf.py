@@ -1,13 +1,14 @@
 """Configuration of Sphinx, which makes the book of these pages: `sphinx-build -W -b html docs build/book`.
 
 It needs `pip install -e ".[docs]"`. Pages outside of this folder (decisions, changes, benchmarks) become pages of the
-book. The reference of commands is made from the argument parsers of the installed programs, that of the Operator from its
-docstrings. autodoc is not used, because it reads the stubs of compiled modules in their place.
+book. The reference of commands is made from the argument parsers of the installed programs, that of the Operator from
+its docstrings. autodoc is not used, because it reads the stubs of compiled modules in their place.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import inspect
 import os
 import re
@@ -26,8 +27,6 @@ html_theme = "furo"
 html_title = f"larpix-daq {VERSION}"
 html_copy_source = False
 myst_heading_anchors = 4
-# Places in the index for pages that an installation may not have.
-suppress_warnings = ["toc.empty_glob"]
 exclude_patterns = ["grafana/*"]
 
 #: Files of the repository that are pages of the book under another name: page -> file.
@@ -37,7 +36,8 @@ OUTSIDE = {
     "performance": "bench/README.md",
     "reporting": "SECURITY.md",
 }
-ROOT = Path(__file__).parent.parent
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
 
 
 def to_pages(text: str, folder: str = "docs") -> str:
@@ -46,11 +46,11 @@ def to_pages(text: str, folder: str = "docs") -> str:
 
     def to_page(link: re.Match[str]) -> str:
         path = (ROOT / folder / link[1]).resolve()
-        if path.parent == ROOT / "docs":
+        if path.parent == DOCS:
             return f"]({path.name}{link[2] or ''})"
         if str(path) in pages:
             return f"]({pages[str(path)]}{link[2] or ''})"
-        return f"]({os.path.relpath(path, ROOT / 'docs')}{link[2] or ''})"
+        return f"]({os.path.relpath(path, DOCS)}{link[2] or ''})"
 
     return re.sub(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)", to_page, text)
 
@@ -113,7 +113,11 @@ def read_page(app: Any, page: str, source: list[str]) -> None:
         app.env.note_dependency(str(file))
         source[0] = to_pages(file.read_text(), str(file.parent.relative_to(ROOT)))
         return
-    if page == "commands":
+    if page == "index":  # without the places for pages that are not there
+        source[0] = re.sub(
+            r"^(\w+)\*\n", lambda name: name[0] * any(DOCS.glob(f"{name[1]}*.md")), source[0], flags=re.M
+        )
+    elif page == "commands":
         source[0] += "\n".join(line for parser in command_parsers() for line in reference(parser))
     elif page == "operator":
         source[0] += "\n".join(methods())

@@ -1,4 +1,4 @@
-"""The book: commands, configuration files and examples on its pages are those of the programs, and so is its reference."""
+"""The book: commands, configuration files and examples on its pages are right, and its reference is complete."""
 
 import ast
 import importlib.util
@@ -36,7 +36,7 @@ def conf():
 
 def test_every_command_line_is_understood_by_its_program(conf, capsys):
     parsers = {parser.prog: parser for parser in conf.command_parsers()}
-    understood = 0
+    understood, refused = 0, []
     for page, text in blocks("sh"):
         for line in re.sub(r"\\\n", " ", text).splitlines():
             words = shlex.split(line, comments=True)
@@ -45,9 +45,10 @@ def test_every_command_line_is_understood_by_its_program(conf, capsys):
                 continue
             try:
                 parsers[words[0]].parse_args(words[1:])
-            except SystemExit as end:
-                assert end.code == 0, f"{page}: {line}: {capsys.readouterr().err}"
-            understood += 1
+                understood += 1
+            except SystemExit:
+                refused.append(f"{page}: {line}: {capsys.readouterr().err}")
+    assert refused == []
     assert understood > 60
 
 

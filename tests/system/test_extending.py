@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md: a source that reads a socket, and a kernel that is compiled. Its plot is in test_plots."""
+"""The examples of docs/extending.md: a source that reads a socket, and a kernel. Its plot is in test_plots."""
 
 import importlib.util
 import re

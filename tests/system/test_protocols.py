@@ -80,8 +80,8 @@ def fields(heading: str) -> list[str]:
         *((f"### {kind.__struct_config__.tag}", kind) for kind in (
             control.Register, control.Open, control.Heartbeat, control.ActionRequest, control.Answer, control.Update,
         )),
-        ("#### prepare_run", reports.StorageReady),
-        ("#### end_run", reports.StorageEnd),
+        ("### prepare_run", reports.StorageReady),
+        ("### end_run", reports.StorageEnd),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """docs/quickstart.md, followed literally: each command in one shell, in order, and its output compared with the page.
 
-Only the installation is left out, which .ci/run does with the README's command. The shell is in a network of its own, with
-the ports of the page, where this user may make one (root, or user namespaces); otherwise on this machine.
+Only the installation is left out, which .ci/run does with the README's command. The shell is in a network of its own,
+with the ports of the page, where this user may make one (root, or user namespaces); otherwise on this machine.
 """
 
 import os
@@ -53,6 +53,9 @@ class Shell:
     def printed(self, since: int) -> str:
         return self._out.read_bytes()[since:].decode()
 
+    def await_lines(self, promised: str, since: int) -> None:
+        until(lambda: not missing_line(promised, self.printed(since)), f"the output {promised!r}")
+
     def close(self) -> None:
         """End the shell, and with it all processes in its namespaces."""
         self._bash.communicate(b"larpixdaq down; kill $(jobs -p)\n", timeout=LIMIT)
@@ -100,7 +103,7 @@ def test_a_reader_who_follows_the_page_gets_what_it_says(shell: Shell, tmp_path:
             since = shell.run(command)
             done += 1
         if command.endswith("&"):  # its output comes when it is ready
-            until(lambda since=since: not missing_line(promised, shell.printed(since)), f"{promised!r} of {command}")
+            shell.await_lines(promised, since)
         missing = missing_line(promised, shell.printed(since))
         assert not missing, f"{text}: expected {missing!r} in:\n{shell.printed(since)}"
     assert done > 12
