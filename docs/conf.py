@@ -114,9 +114,9 @@ def read_page(app: Any, page: str, source: list[str]) -> None:
         source[0] = to_pages(file.read_text(), str(file.parent.relative_to(ROOT)))
         return
     if page == "index":  # without the places for pages that are not there
-        source[0] = re.sub(
-            r"^(\w+)\*\n", lambda name: name[0] * any(DOCS.glob(f"{name[1]}*.md")), source[0], flags=re.M
-        )
+        there = [path.stem for path in DOCS.glob("*.md")]
+        lines = source[0].splitlines()
+        source[0] = "\n".join(line for line in lines if not line.endswith("*") or fnmatch.filter(there, line))
     elif page == "commands":
         source[0] += "\n".join(line for parser in command_parsers() for line in reference(parser))
     elif page == "operator":
