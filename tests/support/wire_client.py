@@ -30,7 +30,8 @@ def connect(context, address, server, own):
     dealer = context.socket(zmq.DEALER)
     dealer.linger = 200
     if server:
-        dealer.curve_serverkey, dealer.curve_publickey, dealer.curve_secretkey = server, own["public"], own["secret"]
+        dealer.curve_serverkey = server.encode()
+        dealer.curve_publickey, dealer.curve_secretkey = own["public"].encode(), own["secret"].encode()
     dealer.connect(address)
     return dealer
 
@@ -95,7 +96,7 @@ class Storage:
 
     # The control plane
 
-    def send(self, kind, **fields):
+    def send(self, kind, /, **fields):
         self.core.send(msgpack.encode({"type": kind, "version": 1, "session": self.session, "request": "", **fields}))
 
     def beat(self):
