@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,12 @@ class Shell:
 
     def __init__(self, folder: Path, prefix: list[str]) -> None:
         self._out = folder / "output.txt"
-        programs = Path(sys.executable).parent
+        programs = folder / "programs"
+        _install(programs)
         self._bash = subprocess.Popen(
             [*prefix, "bash", "--norc", "--noprofile"],
             cwd=folder,
-            env={"PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(folder)},
+            env={"PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(folder)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -59,6 +61,16 @@ class Shell:
     def close(self) -> None:
         """End the shell, and with it all processes in its namespaces."""
         self._bash.communicate(b"larpixdaq down; kill $(jobs -p)\n", timeout=LIMIT)
+
+
+def _install(folder: Path) -> None:
+    """Make the programs of larpix-daq, which run the tested package, also where it is used without an installation."""
+    folder.mkdir()
+    for program in entry_points(group="console_scripts"):
+        if program.name.startswith("larpixdaq"):
+            script = folder / program.name
+            script.write_text(f"#!{sys.executable}\nimport sys\nfrom {program.module} import main\nsys.exit(main())\n")
+            script.chmod(0o755)
 
 
 @pytest.fixture
@@ -94,7 +106,7 @@ def missing_line(promised: str, printed: str) -> str:
 
 @pytest.mark.timeout(300)
 def test_a_reader_who_follows_the_page_gets_what_it_says(shell: Shell, tmp_path: Path) -> None:
-    done = 0
+    done, broken = 0, []
     for language, text, promised in steps():
         if language == "python":
             (tmp_path / "example.py").write_text(text)
@@ -104,6 +116,7 @@ def test_a_reader_who_follows_the_page_gets_what_it_says(shell: Shell, tmp_path:
             done += 1
         if command.endswith("&"):  # its output comes when it is ready
             shell.await_lines(promised, since)
-        missing = missing_line(promised, shell.printed(since))
-        assert not missing, f"{text}: expected {missing!r} in:\n{shell.printed(since)}"
+        if missing := missing_line(promised, shell.printed(since)):
+            broken.append(f"{text}expected {missing!r} in:\n{shell.printed(since)}")
+    assert not broken, "\n".join(broken)
     assert done > 12
