@@ -35,6 +35,9 @@ T = TypeVar("T")
 _DAMAGED: Final = (OSError, LookupError, ValueError, RuntimeError, TypeError, AttributeError, MemoryError)
 #: Maximum bytes of one chunk: reading a single row inflates all of it.
 _CHUNK_BYTES: Final = 256 << 20
+#: Maximum number of rows of an unfinished file for which its writer had no room: more than it writes at once. HDF5
+#: takes forever to cut a table that announces any number of rows.
+_UNWRITTEN_ROWS: Final = 1 << 20
 #: Maximum bytes of a table that has no space in the file yet.
 _UNWRITTEN_BYTES: Final = 4096
 #: Rows that are read at once.
@@ -56,9 +59,11 @@ class DataFile:
     as the file says it. `layout`: one of schema.LAYOUTS; None when the columns are those of another program.
     """
 
-    def __init__(self, path: Path | str, *, own: bool = False) -> None:
-        """Open a file. `own`: FileError also when larpix-daq did not write it."""
+    def __init__(self, path: Path | str, *, own: bool = False, unfinished: bool = False) -> None:
+        """Open a file. `own`: FileError also when larpix-daq did not write it. `unfinished`: its writer may have
+        announced rows for which the disk had no room; these are not counted."""
         self.path = Path(path)
+        self._unfinished = unfinished
         self._file = self._open()
         # Datasets stay open, because after a refresh a second handle may have a stale index of its chunks (HDF5 2.0).
         self._datasets: dict[str, Any] = {}
@@ -115,7 +120,7 @@ class DataFile:
 
     @property
     def rows(self) -> int:
-        return int(self._guard("/packets", lambda: self._packets.shape[0]))
+        return int(self._guard("/packets", lambda: self._length(self._packets)))
 
     def packets(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Read rows `start` to `stop`, shape (N,), with the file's own dtype."""
@@ -203,17 +208,25 @@ class DataFile:
 
     def length(self, name: str) -> int:
         """Return the number of rows of the table `name` (layout.TABLES, without a leading slash)."""
-        return int(self._guard(f"/{name}", lambda: self._table(name).shape[0]))
+        return int(self._guard(f"/{name}", lambda: self._length(self._table(name))))
 
     def table(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Read rows `start` to `stop` of a table."""
-        rows: NDArray[Any] = self._guard(f"/{name}", lambda: self._table(name)[start:stop])
-        return rows
+
+        def read() -> NDArray[Any]:
+            table = self._table(name)
+            return np.asarray(table[start : self._length(table) if stop is None else min(stop, self._length(table))])
+
+        return self._guard(f"/{name}", read)
+
+    def _length(self, table: Any) -> int:
+        rows = int(table.shape[0])
+        return min(rows, _allocated_rows(table)) if self._unfinished and isinstance(table, h5py.Dataset) else rows
 
     def _dataset(self, name: str) -> Any:
         if name not in self._datasets:
             dataset = self._file[name]
-            check_dataset(self.path, name, dataset)
+            check_dataset(self.path, name, dataset, unwritten=_UNWRITTEN_ROWS if self._unfinished else 0)
             if self._file.swmr_mode:  # check_links() has cached it with the rows at the time of opening
                 dataset.refresh()
             self._datasets[name] = dataset
@@ -371,8 +384,9 @@ def check_links(path: Path, file: h5py.File) -> None:
         raise FileError(f"{path}: /{name} is a link to another file, expected all data in this one")
 
 
-def check_dataset(path: Path, name: str, dataset: Any) -> None:
-    """FileError when a dataset is no table (one dimension), or its rows are not all in this file."""
+def check_dataset(path: Path, name: str, dataset: Any, *, unwritten: int = 0) -> None:
+    """FileError when a dataset is no table (one dimension), or its rows are not all in this file, but for as many as
+    `unwritten`."""
     where = f"{path}: /{name}"
     if not isinstance(dataset, h5py.Dataset):
         raise FileError(f"{where} is a group, expected a table")
@@ -385,7 +399,7 @@ def check_dataset(path: Path, name: str, dataset: Any) -> None:
         raise FileError(
             f"{where} has chunks of {dataset.chunks[0]} rows of {size} bytes, at most {_CHUNK_BYTES} bytes are read"
         )
-    if (rows := dataset.shape[0]) > (allocated := _allocated_rows(dataset)):
+    if (rows := dataset.shape[0]) > (allocated := _allocated_rows(dataset)) + unwritten:
         raise FileError(f"{where} announces {rows} rows, the file has room for {allocated}")
 
 

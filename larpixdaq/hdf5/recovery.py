@@ -297,7 +297,7 @@ def read_unfinished_part(path: Path, is_cancelled: Callable[[], bool] = lambda: 
 
     FileError when it cannot be read, or when `is_cancelled` returns True while its rows are read.
     """
-    with DataFile(path, own=True) as file:
+    with DataFile(path, own=True, unfinished=True) as file:
         info = file.run_info()
         if not info["opened_ns"]:
             if rows := file.rows or file.length("run/blocks"):
@@ -347,6 +347,7 @@ class _PartReader:
         recorded = {tuple(row.tolist()[:4]) for row in jumps}
         texts = [text(row["name"]) in _CLOSING_TEXTS for row in self._file.table("run/texts")]
         lengths["run/texts"] = texts.index(True) if True in texts else len(texts)
+        lengths |= {name: self._file.length(name) for name in layout.TABLES if name not in lengths}
         findings = verify.Findings()
         verify.check_seal(self._file, self._info, findings)
         return UnfinishedPart(

@@ -11,7 +11,7 @@ from file_builder import Feed, random_rows, run_info, write
 
 from larpixdaq import cli
 from larpixdaq.errors import FileError
-from larpixdaq.hdf5 import layout, names, repair
+from larpixdaq.hdf5 import chunk_writer, layout, names, repair
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.recordings import open_recording
 from larpixdaq.hdf5.recovery import prepare, recover
@@ -35,6 +35,18 @@ def part(tmp_path_factory):
     file, feed = RunFile(tmp_path_factory.mktemp("part"), run_info()), Feed()
     for size in [16_384] * 4:
         file.add(*feed.block(random_rows(np.random.default_rng(1), size)))
+    file.abandon()
+    repair.repair_superblock(file.path)
+    return file.path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A part with a batch of blocks, whose writer was killed."""
+    file, feed = RunFile(tmp_path_factory.mktemp("stored"), run_info()), Feed()
+    rows = random_rows(np.random.default_rng(1), 16_384)
+    for _ in range(chunk_writer.MOST):
+        file.add(*feed.block(rows))
     file.abandon()
     repair.repair_superblock(file.path)
     return file.path.read_bytes()
@@ -92,6 +104,31 @@ def test_a_table_of_absurd_extent(tmp_path, good, part, name):
             with contextlib.suppress(FileError):
                 prepare(path)
         assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if name not in ("run/info", "run/checksums")])
+def test_rows_for_which_a_full_disk_had_no_room(tmp_path, stored, name):
+    """Their number reached the file, they did not. All blocks before them are recovered."""
+    path = changed(tmp_path / f"{NAME}.h5.part", stored, lambda file: None)
+    expected = recover(path)
+    assert expected.rows >= chunk_writer.LEAST * 16_384
+    whole = judged(tmp_path / f"{NAME}.h5")
+    for left in tmp_path.iterdir():
+        left.unlink()
+
+    def announce(file):
+        space = file[name].id.get_num_chunks() * file[name].chunks[0]
+        file[name].resize((space + 300,))
+
+    path = changed(tmp_path / f"{NAME}.h5.part", stored, announce)
+    assert prepare(path) is None
+    found = recover(path)
+    assert found.rows == expected.rows
+    if name == "run/blocks":  # those that had room, and are empty, may have been blocks: a copy of the part is kept
+        assert "rows of /run/blocks make no sense" in found.damaged[1]
+    else:
+        assert found._replace(cut=0) == expected._replace(cut=0)
+        assert judged(tmp_path / f"{NAME}.h5") == whole
 
 
 def outside(file, name, other):
