@@ -213,8 +213,8 @@ class RawFile:
     def pieces(self, default: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.uint8]]]:
         """Read all messages in pieces, each the bytes, spans (dtype schema.SPAN) and io_groups of some messages.
 
-        The references in /msgs and their global heaps are read directly, which for short messages is ten times as fast.
-        From the first message that cannot be read so, HDF5 reads them, and says what is wrong.
+        The references in /msgs and their global heaps are read directly, which is twenty times as fast for one-word
+        messages. From the first message that cannot be read so, HDF5 reads them, and says what is wrong.
         """
         self.contents = Contents()
         start = 0
@@ -250,18 +250,18 @@ class RawFile:
         waiting = np.empty(0, REFERENCE)
         fetched, unusual = 0, False
         while True:
-            while (
-                not unusual
-                and fetched < self.messages
-                and len(waiting) < _PIECE_MESSAGES
-                and waiting["length"].sum() < _PIECE_BYTES
-            ):
+            parts, count, size = [waiting], len(waiting), int(waiting["length"].sum())
+            while not unusual and fetched < self.messages and count < _PIECE_MESSAGES and size < _PIECE_BYTES:
                 references = self._references(fetched)
                 if references is None:
                     unusual = True
                     break
-                waiting = np.concatenate((waiting, references))
+                parts.append(references)
                 fetched += len(references)
+                count += len(references)
+                size += int(references["length"].sum())
+            # Without their columns, which numpy would compare for each part.
+            waiting = np.concatenate([part.view((np.void, REFERENCE.itemsize)) for part in parts]).view(REFERENCE)
             if not len(waiting):
                 return
             ends = np.cumsum(waiting["length"], dtype=np.int64)

@@ -109,7 +109,7 @@ def test_recorded_messages_have_the_rows_of_larpix_control(tmp_path):
         for packet in pacman_msg_format.parse(bytes(each), io_group=int(group))
     ]
     theirs = rows_2_4(tmp_path / "theirs.h5", packets)
-    for rows in (made(log_path, io_group=3), made(raw_path)):
+    for rows in (made(log_path, io_group=3), made(raw_path, verify=True)):
         assert (rows["direction"] == (rows["packet_type"] != 4)).all()  # larpix-control leaves it 0
         theirs["direction"] = rows["direction"]
         assert (rows == theirs).all()
