@@ -26,6 +26,8 @@ from larpixdaq.storage.convert import Job, Options, Progress, Report, convert_al
 #: Seconds between two lines of progress, on a terminal and elsewhere.
 _TERMINAL: Final = 0.5
 _ELSEWHERE: Final = 10.0
+#: Seconds from which on the rate says something about the time left.
+_SURE: Final = 2.0
 
 
 def add_commands(commands: Any) -> None:
@@ -191,7 +193,7 @@ class _ShownProgress:
         total = sum(self._sizes[source] for source in counted)
         done = sum(self._sizes[source] * self._fractions[source] for source in counted)
         words = sum(self._words[source] for source in counted)
-        left = f", {duration(seconds * (total - done) / done)} left" if done else ""
+        left = f", {duration(seconds * (total - done) / done)} left" if done and seconds > _SURE else ""
         line = (
             f"{100 * done / max(1, total):.0f} % of {size(total)}, {self._finished} of {len(self._sizes)} recordings, "
             f"{size(done / seconds)}/s, {words / seconds / 1e6:.2f} M words/s{left}"

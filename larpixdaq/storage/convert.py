@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from larpixdaq._native import hdf5_chunks, word_codec
 from larpixdaq._native.decoders import PacmanDecoder
 from larpixdaq.buffer.block_builder import info_rows
-from larpixdaq.constants import BLOCK_ROWS, COUNTS, IO_GROUPS, LAST_RUN, MIN_FREE, Count, unusable
+from larpixdaq.constants import BLOCK_ROWS, COUNTS, IO_GROUPS, LAST_RUN, MIN_FREE, Count, RunCondition, unusable
 from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, printable
 from larpixdaq.hdf5 import layout, names, verify
 from larpixdaq.hdf5.journal import Journal
@@ -121,7 +121,7 @@ class Report(msgspec.Struct, tag=2):
     file: str | None = None
     skipped: bool = False  # a file of the current layout, found in a directory
     made: bool = False  # now, and not found
-    words: int = 0
+    words: int = 0  # in the new file, as the next four
     rows: int = 0
     messages: int = 0
     bytes: int = 0
@@ -223,13 +223,19 @@ def _existing(source: Path, status: os.stat_result, final: Path) -> Report:
                 f"{final}: exists, and was made from {texts[layout.CONVERTED]} of {texts.get('source bytes')} bytes,"
                 f" not from {source} of {status.st_size} bytes as it is now; it is not overwritten"
             )
-        info = file.run_info()
+        info, counts = file.run_info(), file.table("ledger/counts")
+        words, messages = (
+            int(sum(counts[name].sum() for name in kinds)) for kinds in (("word_rows", "sent_rows"), ("time_rows",))
+        )
         return Report(
             str(source),
-            f"{final}: was there already, {info['rows']} rows",
+            f"{final}: was there already, {words} words, {info['rows']} rows, {info['condition']}",
             ok=info["condition"] in verify.GOOD,
             file=str(final),
+            words=words,
             rows=int(info["rows"]),
+            messages=messages,
+            bytes=final.stat().st_size,
             condition=str(info["condition"]),
         )
 
@@ -472,7 +478,8 @@ class _Conversion:
         file.set_sources(boards)
         for line in self._problems:
             file.note_damage(line)
-        text = self._compare(file, counts)
+        rows = dict(zip(hdf5_chunks.TALLY, file.tally().tolist(), strict=True))
+        text = self._compare(rows, file.rows, counts)
         digest = self._digest.result()
         self._check_unchanged()
         facts = self._provenance(digest, text)
@@ -483,33 +490,32 @@ class _Conversion:
                 raise FileError(f"{file.path}: was not written rightly: {faults[0]}")
         file.publish()
         self._file = None
-        contents = self._source.recording.contents
         lines = [*self._problems, *self._notes]
+        shown = [text, *lines] if closed.condition == RunCondition.COMPLETE else [text, closed.condition, *lines]
         return Report(
             str(self._source_path),
-            f"{self._final}: {text}{'; ' if lines else ''}{'; '.join(lines)}",
+            f"{self._final}: {'; '.join(shown)}",
             ok=not self._problems,
             file=str(self._final),
             made=True,
-            words=contents.words,
+            words=rows["word_rows"] + rows["sent_rows"],
             rows=closed.rows,
-            messages=contents.messages,
+            messages=rows["time_rows"],
             bytes=self._final.stat().st_size,
             condition=closed.condition,
             notes=[*lines, *(line for line in closed.reasons if line not in lines)],
         )
 
-    def _compare(self, file: RunFile, counts: NDArray[np.uint64]) -> str:
+    def _compare(self, rows: dict[str, int], stored_rows: int, counts: NDArray[np.uint64]) -> str:
         """Compare what was in the recording, what was decoded, and what is in the new file. FileError if they differ.
 
         Returns one line with the numbers.
         """
         total = dict(zip(COUNTS, counts.sum(axis=0).tolist(), strict=True))
-        rows = dict(zip(hdf5_chunks.TALLY, file.tally().tolist(), strict=True))
         contents = self._source.recording.contents
         refused = total["unknown_words"] + total["rejected_words"]
         pairs = [
-            ("rows in the new file", file.rows, "rows were counted", sum(rows[name] for name in _ROW_KINDS)),
+            ("rows in the new file", stored_rows, "rows were counted", sum(rows[name] for name in _ROW_KINDS)),
             *((f"{name} in the new file", rows[name], "were decoded", total[name]) for name in _ROW_KINDS),
         ]
         if isinstance(self._source.recording, PacketFile):
@@ -529,7 +535,7 @@ class _Conversion:
             if found != expected:
                 raise FileError(f"{self._source_path}: {found} {what}, {expected} {other}: not converted")
         stored = rows["word_rows"] + rows["sent_rows"]
-        text += f", {stored} in the new file, {file.rows} rows"
+        text += f", {stored} in the new file, {stored_rows} rows"
         if refused:
             text += f"; {refused} words could not be decoded"
         if total["rejected_messages"]:

@@ -282,11 +282,14 @@ def test_many_recordings_at_once_and_the_others_in_spite_of_bad_ones(tmp_path):
 
 def test_what_exists_is_kept(tmp_path):
     path = raw_file(tmp_path / "a.h5", messages(30))
-    made(path)
+    first = convert(path, None, Options())
     before = target_of(path).read_bytes()
     again = convert(path, None, Options())
     assert again.ok
     assert not again.made
+    assert again.words == first.words == 300
+    for name in ("rows", "messages", "bytes", "condition", "file"):
+        assert getattr(again, name) == getattr(first, name)
     os.utime(path, (1, 1))  # copied, with the same content
     assert convert(path, None, Options()).ok
     raw_file(path, messages(1))  # appends
