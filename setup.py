@@ -3,6 +3,8 @@
 LARPIXDAQ_BUILD=checked compiles with bounds checks and debug assertions; =sanitized the code of the fast build with
 AddressSanitizer and UBSan (run it with libasan preloaded); =fuzzed, with CC=clang, also with counters of branches for
 bench/fuzz.py; without it the build is the fast one.
+
+Cython's code for memoryviews is compiled once, as the module _shared, instead of in each module. All processors build.
 """
 
 import os
@@ -22,33 +24,42 @@ FLAGS = {
 }
 if MODE not in FLAGS:
     raise SystemExit(f"LARPIXDAQ_BUILD: expected one of {', '.join(FLAGS)}, found {MODE!r}")
+SHARED = "larpixdaq._native._shared"
+JOBS = len(os.sched_getaffinity(0))
 
-extensions = [
-    Extension(
-        f"larpixdaq._native.{source.stem}",
-        [str(source)],
-        extra_compile_args=FLAGS[MODE],
-        extra_link_args=[flag for flag in FLAGS[MODE] if flag in SANITIZERS],
-    )
-    for source in sorted(Path("ext").glob("*.pyx"))
-]
-
-setup(
-    ext_modules=cythonize(
-        extensions,
-        include_path=["ext"],
-        build_dir=f"build/cython-{MODE}",
-        force=MODE != "fast",
-        compiler_directives={
-            "language_level": 3,
-            "boundscheck": CHECKED,
-            "wraparound": CHECKED,
-            "initializedcheck": CHECKED,
-            "cdivision": not CHECKED,
-            "embedsignature": False,
-            # Nothing here is pickled or doctested; without these the modules are what their stubs say.
-            "auto_pickle": False,
-            "autotestdict": False,
-        },
-    )
+modules = cythonize(
+    [
+        Extension(
+            f"larpixdaq._native.{source.stem}",
+            [str(source)],
+            extra_compile_args=FLAGS[MODE],
+            extra_link_args=[flag for flag in FLAGS[MODE] if flag in SANITIZERS],
+        )
+        # Cython makes _shared.c
+        for source in (Path("ext/_shared.c"), *sorted(Path("ext").glob("*.pyx")))
+    ],
+    nthreads=JOBS,
+    shared_utility_qualified_name=SHARED,
+    include_path=["ext"],
+    build_dir=f"build/cython-{MODE}",
+    force=MODE != "fast",
+    compiler_directives={
+        "language_level": 3,
+        "boundscheck": CHECKED,
+        "wraparound": CHECKED,
+        "initializedcheck": CHECKED,
+        "cdivision": not CHECKED,
+        "embedsignature": False,
+        # Nothing here is pickled or doctested; without these the modules are what their stubs say.
+        "auto_pickle": False,
+        "autotestdict": False,
+    },
 )
+# setuptools packs all that is in build/lib*: also files of an earlier build whose source is gone.
+names = {module.name.rpartition(".")[2] for module in modules}
+for old in Path("build").glob("lib*/larpixdaq/**/*"):
+    if old.is_file() and not (old.suffix == ".so" and old.name.partition(".")[0] in names):
+        old.unlink()
+# The largest module first, so that no processor waits for it at the end.
+modules.sort(key=lambda module: -Path(module.sources[0]).stat().st_size)
+setup(ext_modules=modules, options={"build_ext": {"parallel": JOBS}})
