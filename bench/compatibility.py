@@ -45,6 +45,8 @@ LIMIT = 900.0
 #: Seconds of data, events of a second, hits of an event and board, ticks of the first event and between two events.
 SECONDS, EVENTS, HITS, FIRST, APART = 10, 60, 30, 200_000, 150_000
 UNIX = 1_795_331_571
+#: Ticks after a reset in which ndlar_flow takes no hits.
+SYNC_CUT = 1_000_000
 CHIPS = 4
 #: Columns of received words that the conversion of a raw file restores.
 WORD_COLUMNS = [
@@ -209,7 +211,7 @@ def judge_pandas(found: Found, case: Case) -> list[str]:
     refused = [name for name, _ in found["refused"]]
     return (
         all_rows(found["2.4"], case, "2.4")
-        + differs("tables with 2-D columns", refused, ["run/configs", "ledger/unknown"])
+        + differs("tables with 2-D columns that are refused", refused, ["run/configs"])
         + differs("configs as lists", found["configs as lists"], [CHIPS, case.registers])
     )
 
@@ -253,8 +255,8 @@ def judge_converted(found: Found, case: Case) -> list[str]:
 
 
 def judge_larpixparser(found: Found, case: Case) -> list[str]:
-    problems = differs("triggers", found["triggers"], 2 * SECONDS * EVENTS)
-    if not (found["hits"] > 1000 and found["positions"] and found["charge"] == found["hits"]):
+    problems = differs("events", found["events"], EVENTS)
+    if not (found["hits"] > 100 and found["positions"] and found["charge"] == found["hits"]):
         problems.append(f"hits: {found['hits']}, charges: {found['charge']}")
     return problems
 
@@ -262,12 +264,24 @@ def judge_larpixparser(found: Found, case: Case) -> list[str]:
 def judge_larpix_monitor(found: Found, case: Case) -> list[str]:
     rows = case.rows["2.4"]
     without_info = len(rows) - int(np.count_nonzero(rows["packet_type"] == 5))
-    problems = [f"{name}: {why}" for name, why in found["failed"]]
+    # One plot has the path of a geometry file in its source.
+    problems = [f"{name}: {why}" for name, why in found["failed"] if "/home/" not in why]
     return problems + differs("rows of the raw file", found["raw rows"], without_info)
 
 
 def judge_ndlar_flow(found: Found, case: Case) -> list[str]:
-    return [f"{name}: {result}" for name, result in found.items() if not isinstance(result, list)]
+    """Compare events, their hits, and the electric field, with those of plain rows and of the run list."""
+    events, hits, field = found["module0_flow, plain rows"]
+    planted = SECONDS * sum(FIRST + APART * event > SYNC_CUT for event in range(EVENTS))
+    problems = [] if planted - 1 <= events <= planted else differs("events", events, planted)
+    problems += differs("module0_flow", found["module0_flow"], [events, hits, field])
+    problems += differs("proto_nd_flow with vertices", found["proto_nd_flow with vertices"][0], planted)
+    problems += differs("field of the run list", found["run list"][2], field)
+    # What makes a workaround necessary.
+    problems += (
+        [] if "'vertices'" in found["proto_nd_flow"] else differs("without vertices", found["proto_nd_flow"], "")
+    )
+    return problems + differs("field of a name with a dash", round(found["run list, name with a dash"][2], 4), 0.0999)
 
 
 # -- the table --
@@ -337,42 +351,104 @@ def reading(row: Row, case: Case, environments: Path, paths: dict[str, Path]) ->
     search = os.pathsep.join(str(path / sub) for path in checkouts for sub in ("", "src"))
     env = os.environ | {"PYTHONPATH": search, "MPLBACKEND": "agg", "PYTHONDONTWRITEBYTECODE": "1"}
     if row.reader == "larpix_monitor":
-        env["PIXEL_GEOMETRY_PATH"] = (
-            call([interpreter, "-c", "import larpixgeometry; print(larpixgeometry.__path__[0])"]).strip()
-            + "/layouts/layout-2.4.0.yaml"
-        )
+        env["PIXEL_GEOMETRY_PATH"] = str(pixel_geometry(folder))
     output = call([interpreter, READERS, row.reader, described], cwd=folder, env=env)
     return json.loads(output.splitlines()[-1])
 
 
+def pixel_geometry(folder: Path) -> Path:
+    """Write a layout with a pixel for each channel of a tile, in the form that larpix-monitor reads; JSON is YAML."""
+    chips = [[chip, [64 * (chip - 11) + channel + 1 for channel in range(64)]] for chip in range(11, 111)]
+    pixels = [[pixel, pixel % 80, pixel // 80] for pixel in range(6401)]
+    path = folder / "layout.yaml"
+    path.write_text(json.dumps({"chips": chips, "pixels": pixels}))
+    return path
+
+
 def ndlar_flows(case: Case, folder: Path) -> list[list[str]]:
-    """Return name, workflow and file of the event building, also for a copy with what proto_nd_flow expects."""
+    """Return name, workflow and file of each event building.
+
+    Also of a file that has the rows and nothing else, of a copy with what proto_nd_flow expects, and of a name with a
+    dash: a run list has `-` for a run without light data, and ndlar_flow takes the first run whose charge or light file
+    is a part of the path.
+    """
     import h5py
 
-    copy = folder / "with_truth.h5"
-    shutil.copy(case.v2, copy)
-    with h5py.File(copy, "r+") as file:
+    truth = folder / "with_truth.h5"
+    shutil.copy(case.v2, truth)
+    with h5py.File(truth, "r+") as file:
         file.create_dataset("vertices", (0,), [("vertex_id", "u8")])
         file.create_dataset("trajectories", (0,), [("traj_id", "u8")])
+    plain = folder / "plain.h5"
+    with h5py.File(plain, "w") as file:
+        file.create_dataset("packets", data=case.rows["2.4"])
+    dashed = folder / "packet-physics.h5"
+    shutil.copy(case.v2, dashed)
+    runs = folder / "runs.txt"
+    runs.write_text("e_field charge_filename light_filename\n999 another_run -\n")
+    listed = folder / "listed.yaml"
+    listed.write_text(RUN_LIST.format(runs))
     workflow = "yamls/{}/workflows/charge/charge_event_building.yaml"
     return [
         ["module0_flow", workflow.format("module0_flow"), str(case.v2)],
         ["proto_nd_flow", workflow.format("proto_nd_flow"), str(case.v2)],
-        ["proto_nd_flow with `vertices`", workflow.format("proto_nd_flow"), str(copy)],
+        ["proto_nd_flow with vertices", workflow.format("proto_nd_flow"), str(truth)],
+        ["module0_flow, plain rows", workflow.format("module0_flow"), str(plain)],
+        ["run list", str(listed), str(case.v2)],
+        ["run list, name with a dash", str(listed), str(dashed)],
     ]
 
 
-FROM_FILE = "larpix.format.hdf5format.from_file(FILE, load_configs=True)"
+#: Workflow of h5flow that builds events with a run list.
+RUN_LIST = """flow:
+  source: raw_event_generator
+  stages: []
+resources:
+  - classname: RunData
+    path: module0_flow.resources.run_data
+    params:
+      path: run_info
+      runlist_file: {}
+      defaults: {{charge_filename: none, light_filename: none, e_field: 0.05, light_samples: 256,
+                 charge_thresholds: medm, is_mc: false, crs_ticks: 0.1, lrs_ticks: 0.01}}
+raw_event_generator:
+  !include yamls/module0_flow/reco/charge/RawEventGenerator.yaml
+"""
+
+FROM_FILE = "hdf5format.from_file(FILE, load_configs=True)"
 HDF5 = "h5py.File(FILE)['packets'][:]"
+OLD = "refuses layout 3.0 (v3 chips), which it does not know: take h5py"
+COLUMNS = (
+    "columns with several values (`registers`; `sent`, `read`, `known`; `raw`): "
+    "`DataFrame({name: list(rows[name]) for name in rows.dtype.names})`"
+)
+PARSER = (
+    "give it the packets between two resets of the boards' clocks; "
+    "install scikit-learn, pyyaml and setuptools<81, which it does not name"
+)
+MONITOR = (
+    "`run_monitor.py` takes raw files only; `PIXEL_GEOMETRY_PATH` names the layout; "
+    "AnodeSimpleMean, -Rate and -Std have the path of a geometry file in their source"
+)
+FLOW = (
+    "proto_nd_flow: add empty datasets `vertices` (`vertex_id`) and `trajectories` (`traj_id`) to a copy, which it opens also "
+    "without simulated truth; with a run list that has `-` for a run without light data, no path with a dash, "
+    "because it would take the data of that run"
+)
 
 
 def table_rows() -> list[Row]:
     def hdf5(version: str, python: str = "") -> Row:
-        return Row(f"h5py {version}", HDF5, judge_h5py, "h5py", (f"h5py=={version}",), python)
+        needs = (f"h5py=={version}", *(("numpy<2",) if python else ()))
+        note = "a file that grows: `swmr=True`"
+        return Row(f"h5py {version}", HDF5, judge_h5py, "h5py", needs, python, workaround=note)
 
     def control(version: str, python: str = "") -> Row:
         needs = (f"larpix-control=={version}",)
-        return Row(f"larpix-control {version}", FROM_FILE, judge_larpix_control, "larpix_control", needs, python)
+        call = FROM_FILE
+        return Row(
+            f"larpix-control {version}", call, judge_larpix_control, "larpix_control", needs, python, workaround=OLD
+        )
 
     frame = "pandas.DataFrame(h5py.File(FILE)['packets'][:])"
     return [
@@ -382,9 +458,9 @@ def table_rows() -> list[Row]:
         hdf5("3.11.0", "3.12"),
         hdf5("3.14.0"),
         hdf5("3.16.0"),
-        Row("pandas", frame, judge_pandas, "pandas", ("pandas", "h5py", "tables")),
+        Row("pandas", frame, judge_pandas, "pandas", ("pandas", "h5py", "tables"), workaround=COLUMNS),
         Row("PyTables", "tables.open_file(FILE).root.packets.read()", judge_pytables, "pytables", ("tables",)),
-        control("3.5.1"),
+        control("3.5.1", "3.8"),
         control("3.6.0"),
         control("3.7.0"),
         Row(
@@ -394,6 +470,7 @@ def table_rows() -> list[Row]:
             "larpix_control",
             ("larpix-control==3.7.0", "numba"),
             checkout=("larpix-control",),
+            workaround=OLD,
         ),
         Row(
             "larpix-control HEAD, raw file",
@@ -408,15 +485,17 @@ def table_rows() -> list[Row]:
             "LarpixParser.hit_parser.hit_parser_charge(t0, packets, …)",
             judge_larpixparser,
             "larpixparser",
-            ("LarpixParser==0.0.8", "h5py", "pyyaml", "setuptools<81"),
+            ("LarpixParser==0.0.8", "h5py", "pyyaml", "scikit-learn", "setuptools<81"),
+            workaround=PARSER,
         ),
         Row(
             "larpix-monitor HEAD",
             "monitor.plotter.Plotter(…)([(FILE, h5py.File(FILE))]); run_monitor.py --once FILE.raw.h5",
             judge_larpix_monitor,
             "larpix_monitor",
-            ("larpix-control==3.7.0", "matplotlib", "tqdm", "plotly", "larpix-geometry", "pyyaml"),
+            ("larpix-control==3.7.0", "matplotlib", "tqdm", "plotly", "pyyaml", "pytz"),
             checkout=("larpix-monitor",),
+            workaround=MONITOR,
         ),
         Row(
             "ndlar_flow HEAD, h5flow HEAD",
@@ -425,6 +504,7 @@ def table_rows() -> list[Row]:
             "ndlar_flow",
             ("h5py", "pyyaml", "pyyaml-include<2", "tqdm", "scipy", "scikit-image", "scikit-learn"),
             checkout=("h5flow", "ndlar-flow"),
+            workaround=FLOW,
         ),
     ]
 

@@ -92,7 +92,6 @@ def read_pytables(case):
 
 
 def read_larpix_control(case):
-    import larpix
     from larpix.format import hdf5format, rawhdf5format
 
     try:
@@ -130,7 +129,7 @@ def read_larpix_control(case):
         newer = str(error)
     raw = rawhdf5format.from_rawfile(case["raw"])
     return {
-        "versions": {"larpix-control": version, "in": os.path.dirname(larpix.__file__)},
+        "versions": {"larpix-control": version},
         "kinds": kinds,
         "sums": {name: int(sum(int(getattr(packet, name)) for packet in data)) for name in names},
         "valid": sum(1 for packet in data if packet.has_valid_parity()),
@@ -165,23 +164,23 @@ def read_larpix_control_raw(case):
 
 def read_larpixparser(case):
     import h5py
-    import LarpixParser
     from LarpixParser import event_parser, hit_parser, util
 
     run_config, geometry = util.detector_configuration("2x2")
     with h5py.File(case["v2"], "r") as file:
         packets = file["packets"][:]
+    # The parser does not know that clocks are reset, so it gets the time between two resets of both boards.
+    packets = packets[: (packets["packet_type"] == 6).nonzero()[0][2]]
     known = [
         packet["packet_type"] == 0
         and tuple(int(packet[name]) for name in ("io_group", "io_channel", "chip_id", "channel_id")) in geometry
         for packet in packets
     ]
     chosen = packets[known]
-    t0 = event_parser.get_t0(packets)
-    x, y, z, charge = hit_parser.hit_parser_charge(int(t0[0][0]), chosen, geometry, run_config)
+    t0 = event_parser.get_t0(packets, run_config)
+    x, y, z, charge = hit_parser.hit_parser_charge(t0[0], chosen, geometry, run_config)
     return {
-        "versions": {"LarpixParser": os.path.dirname(LarpixParser.__file__)},
-        "triggers": int(t0.size),
+        "events": len(t0),
         "hits": len(chosen),
         "positions": len(x) == len(y) == len(z) == len(chosen),
         "charge": len(charge),
@@ -239,6 +238,7 @@ def read_ndlar_flow(case):
 
 
 if __name__ == "__main__":
+    sys.path.remove(os.path.dirname(os.path.abspath(__file__)))  # has a monitor.py, as larpix-monitor
     reader, path = sys.argv[1:]
     with open(path) as source:
         case = json.load(source)
