@@ -431,8 +431,9 @@ MONITOR = (
     "AnodeSimpleMean, -Rate and -Std have the path of a geometry file in their source"
 )
 FLOW = (
-    "proto_nd_flow: add empty datasets `vertices` (`vertex_id`) and `trajectories` (`traj_id`) to a copy, which it opens also "
-    "without simulated truth; with a run list that has `-` for a run without light data, no path with a dash, "
+    "proto_nd_flow: add empty datasets `vertices` (`vertex_id`) and `trajectories` (`traj_id`) to a copy, "
+    "because it opens them also in real data; "
+    "with a run list that has `-` for a run without light data, no path with a dash, "
     "because it would take the data of that run"
 )
 
@@ -555,7 +556,7 @@ def tried(row: Row, case: Case, environments: Path, paths: dict[str, Path]) -> F
         outcome = "differs" if problems else "all as written"
     except LookupError as error:
         outcome = f"not run: {error}"
-    versions = [f"{program} {version}" for program, version in found.get("versions", {}).items()]
+    versions = [f"{program} {version}" for program, version in found.get("versions", {}).items() if not row.checkout]
     versions += [f"{checkout} {revision(paths[checkout])}" for checkout in row.checkout if checkout in paths]
     return {"name": row.name, "versions": versions, "outcome": outcome, "problems": problems, "found": found}
 

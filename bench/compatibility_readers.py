@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import warnings
+from importlib import metadata
 
 
 def sums(rows):
@@ -94,13 +95,6 @@ def read_pytables(case):
 def read_larpix_control(case):
     from larpix.format import hdf5format, rawhdf5format
 
-    try:
-        from importlib import metadata
-
-        version = metadata.version("larpix-control")
-    except metadata.PackageNotFoundError:
-        version = "checkout"
-
     def read(path, **options):
         found = hdf5format.from_file(path, **options)
         return found["version"], found["packets"], found["configs"]
@@ -129,7 +123,7 @@ def read_larpix_control(case):
         newer = str(error)
     raw = rawhdf5format.from_rawfile(case["raw"])
     return {
-        "versions": {"larpix-control": version},
+        "versions": {"larpix-control": metadata.version("larpix-control")},
         "kinds": kinds,
         "sums": {name: int(sum(int(getattr(packet, name)) for packet in data)) for name in names},
         "valid": sum(1 for packet in data if packet.has_valid_parity()),
@@ -180,6 +174,7 @@ def read_larpixparser(case):
     t0 = event_parser.get_t0(packets, run_config)
     x, y, z, charge = hit_parser.hit_parser_charge(t0[0], chosen, geometry, run_config)
     return {
+        "versions": {"LarpixParser": metadata.version("LarpixParser")},
         "events": len(t0),
         "hits": len(chosen),
         "positions": len(x) == len(y) == len(z) == len(chosen),
