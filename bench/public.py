@@ -293,7 +293,7 @@ def monitor(checkout: Path) -> bool:
             shutil.copy(packets.with_suffix(".raw.h5"), folder / "x.h5")
     finally:
         board.close()
-    plots = ["--plots", "PacketRate", "FIFOFlags", "HotPixelPlot"]
+    plots = ["--plots", "PacketRate", "HotPixelPlot", "PacmanSyncHistograms"]
     load = ["run_monitor.py", "--once", "x.h5", "--max_msgs", "-1", *plots]
     return run([Step(load, lambda output, _: packets_loaded(output, received))], folder, None)
 

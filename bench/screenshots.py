@@ -133,6 +133,8 @@ def fill_configuration(page: Browser) -> None:
     page.fill("Chips", "1-1-11, 1-1-12", ".compare")
     press(page, "Read and compare", ".compare .facts", "register")
     press(page, "Status and supplies", ".board-status", "mV")
+    page.fill("Name", "before the refill", ".snapshots")
+    press(page, "Save a snapshot", ".snapshots .facts", "chips")
 
 
 def run_routine(page: Browser) -> None:

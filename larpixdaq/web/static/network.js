@@ -30,7 +30,7 @@ export class NetworkPanel {
     this.tab = tab;
     this.numbers = numbers;
     this.group = input({ placeholder: "all", size: "6" });
-    this.tiles = input({ placeholder: "those that are on", size: "12" });
+    this.tiles = input({ placeholder: "those on", size: "8" });
     this.shape = input({ placeholder: "10x10", size: "10", list: "tile-shapes" });
     this.exclude = input({ placeholder: "none", size: "14" });
     this.file = input({ placeholder: "named by the time", size: "18" });

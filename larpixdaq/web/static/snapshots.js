@@ -20,10 +20,10 @@ export class SnapshotPanel {
       "Snapshots of the catalogue",
       [
         { title: "name", wide: true, text: (row) => row.name },
-        { title: "time", text: (row) => utc(row.time) },
+        { title: "time, UTC", text: (row) => utc(row.time).slice(0, 16) },
         { title: "chips", number: true, text: (row) => count(row.chips) },
         { title: "generation", text: (row) => row.asic },
-        { title: "by", text: (row) => row.operator },
+        { title: "by", wide: true, text: (row) => row.operator },
         { title: "comment", wide: true, text: (row) => row.comment },
       ],
       { empty: "no snapshot yet" },
