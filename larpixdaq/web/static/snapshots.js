@@ -104,9 +104,9 @@ export class SnapshotPanel {
     const params = { name, comment: this.comment.value.trim() };
     const found = await this.tab.do(`save snapshot ${name}`, "save_snapshot", params);
     if (!found) return;
-    this.say([["saved", `${found.name}: ${plural(found.chips, "chip")}`]]);
     await this.renew();
     this.chosen.value = found.name;
+    this.say([["saved", `${found.name}: ${plural(found.chips, "chip")}`]]);
   }
 
   async compare() {
