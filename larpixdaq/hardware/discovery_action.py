@@ -11,7 +11,8 @@ from typing import Any, Final
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware.actions import BoardActions
 from larpixdaq.hardware.chip_state import ChipState
-from larpixdaq.hardware.network_discovery import NetworkDiscovery, Tile
+from larpixdaq.hardware.discovered_tile import Tile
+from larpixdaq.hardware.network_discovery import NetworkDiscovery
 from larpixdaq.hardware.pacman_registers import FIRMWARE, MAP_VERSION, TILES, read, tile_mask, values_in
 from larpixdaq.hardware.power import Progress
 from larpixdaq.hardware.producer_link import BoardError

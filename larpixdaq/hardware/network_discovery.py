@@ -10,21 +10,16 @@ that answers for others is found before it can take words for its neighbours.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Final, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from larpixdaq.errors import RequestError
-from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
+from larpixdaq.hardware.discovered_tile import Chip, Tile, Wire
+from larpixdaq.hardware.discovery_exchange import NO_ROOTS, Answers, DiscoveryExchange, Key, LinkRegisters
+from larpixdaq.hardware.producer_link import ProducerPipe
 from larpixdaq.hardware.register_map import ChipRegisters
-from larpixdaq.hardware.tile_shape import OPPOSITE, TileShape
+from larpixdaq.hardware.tile_shape import OPPOSITE
 from larpixdaq.protocol import hardware
-from larpixdaq.schema import PacketType, io_groups_of, registers_of
 
 #: The id of all chips at power-up, and the last id that a chip can have.
 _POWER_UP: Final = 1
@@ -36,90 +31,10 @@ _MORE_READS: Final = 32
 _TRIES: Final = 2
 #: Fraction of reads without an answer from which a link is not used.
 _LOST: Final = 0.5
-#: Words of a message to a board, which must answer it in time beside other boards.
-_BATCH: Final = 512
-#: Times that words are sent again to a board that has not accepted them.
-_RESENT: Final = 2
-#: Seconds to wait for answers after those of the root chips, which are asked last, have come.
-_GRACE: Final = 0.05
-#: Seconds without any answer until missing answers of root chips are given up.
-_SILENCE: Final = 0.4
-#: Exchanges in a row without an answer of any root, after which a tile is given up.
-_SILENCES: Final = 3
 #: Maximum number of times that a tile is discovered.
 _PASSES: Final = 3
 #: Maximum number of times that the network of a tile is grown anew after a link or chip of it turned out to be bad.
 _RESTARTS: Final = 20
-
-#: Reason to give up a tile whose chips have lost their power, or whose board was restarted.
-_NO_ROOTS: Final = "its root chips have stopped to answer"
-
-#: io_group, io_channel, chip_id, address of a register.
-_Key = tuple[int, int, int, int]
-#: Chip ids: sender, receiver.
-Wire = tuple[int, int]
-
-
-class _Links:
-    """The registers with which chips of one generation open their UARTs, as words (address, value)."""
-
-    def __init__(self, registers: ChipRegisters) -> None:
-        names = registers.addresses
-        named = [
-            next((name for name in pair if name in names), "")
-            for pair in (
-                ("enable_piso_upstream", "enable_miso_upstream"),
-                ("enable_piso_downstream", "enable_miso_downstream"),
-                ("enable_posi", "enable_mosi"),
-            )
-        ]
-        if "chip_id" not in names or not all(named):
-            raise RequestError(f"discover_network: the network registers of {registers.chips} are not known")
-        #: As larpix-control sets them for a link: the others have other values at power-up.
-        always: dict[str, Any] = {}
-        if registers.version == 2:
-            always["enable_miso_differential"] = [1] * 4
-        always |= {f"i_tx_diff{uart}": 0 for uart in range(4) if f"i_tx_diff{uart}" in names}
-        always |= {f"tx_slices{uart}": 15 for uart in range(4) if f"tx_slices{uart}" in names}
-        closed = registers.defaults[None, :].copy()
-        changed = registers.change(closed, always | {named[0]: [0] * 4, named[1]: [0] * 4}).tolist()
-        self.id, self.up, self.down, self.mark = (names[name][0] for name in ("chip_id", *named))
-        self._base = {address: int(closed[0, address]) for address in (self.up, self.down)}
-        #: Words that a chip gets before its UARTs are opened.
-        self.first = [(at, int(closed[0, at])) for at in changed if at != self.down]
-        self._bit = []
-        for uart in range(4):
-            row = closed.copy()
-            enabled = [int(uart == other) for other in range(4)]
-            registers.change(row, {named[0]: enabled, named[1]: enabled})
-            self._bit.append({at: int(row[0, at]) ^ base for at, base in self._base.items()})
-
-    def value(self, address: int, uarts: Iterable[int]) -> int:
-        """Return the value of `up` or `down` that opens these UARTs and no others."""
-        value = self._base[address]
-        for uart in uarts:
-            value |= self._bit[uart][address]
-        return value
-
-
-@dataclass(eq=False)
-class Chip:
-    """A chip of the network. `side`: direction to its parent, which is None for a root."""
-
-    chip_id: int
-    io_channel: int
-    parent: Chip | None
-    side: int
-    children: list[Chip] = field(default_factory=list)
-
-    def path(self) -> list[Chip]:
-        """Return the chips from the root to this one."""
-        path: list[Chip] = []
-        chip: Chip | None = self
-        while chip is not None:
-            path.insert(0, chip)
-            chip = chip.parent
-        return path
 
 
 class _Probe(NamedTuple):
@@ -136,120 +51,6 @@ class _Probe(NamedTuple):
         return (-self.io_channel if self.parent is None else self.parent.chip_id), self.chip_id
 
 
-class Tile:
-    """Knowledge of one tile, numbered from 0."""
-
-    def __init__(self, io_group: int, number: int, io_channels: Sequence[int], shape: TileShape) -> None:
-        self.io_group, self.number, self.shape = io_group, number, shape
-        self.io_channels = list(io_channels)
-        self.chips: dict[int, Chip] = {}
-        #: Chips that are not used.
-        self.excluded: set[int] = set()
-        #: Chips that have another id than that of their position, and this id.
-        self.wrong_ids: dict[int, int] = {}
-        #: Chips without a link that works both ways: the neighbour that they hear, and the neighbour that hears them.
-        self.detours: dict[int, Wire] = {}
-        self._bad: dict[str, None] = {}
-        #: Wires between chips of the network that carry no words, and wires to and from chips that have no way back.
-        self.broken: list[Wire] = []
-        self.one_way: list[Wire] = []
-        #: Links that change or lose words, which are not used. A root's link is minus its io_channel, and the root.
-        self.bad_links: set[frozenset[int]] = set()
-        self.restarts = 0
-        self.silences = 0
-        #: Reason why the tile was given up.
-        self.error = ""
-        self.recovered: Counter[int] = Counter()
-        #: Number of trials by sender, chip_id, and side of the sender for roots.
-        self.tries: Counter[tuple[int, int, int]] = Counter()
-
-    @property
-    def name(self) -> str:
-        return f"io_group {self.io_group} tile {self.number}"
-
-    @property
-    def roots(self) -> list[Chip]:
-        return [chip for chip in self.chips.values() if chip.parent is None]
-
-    def ordered(self) -> list[Chip]:
-        """Return the chips of the network, each after its parent, those near to the roots first."""
-        chips = self.roots
-        for chip in chips:
-            chips += chip.children  # the list grows while it is read
-        return chips
-
-    def key(self, chip_id: int) -> str:
-        """Return the name of a chip: its key, or with ? for an io_channel that it does not have."""
-        chip = self.chips.get(chip_id)
-        return f"{self.io_group}-{chip.io_channel if chip else '?'}-{chip_id}"
-
-    def fault(self, text: str) -> None:
-        """Note a bad link or chip, in one line."""
-        self._bad[text] = None
-
-    def forget(self) -> None:
-        """Forget all but the links and chips that are not used."""
-        self.chips.clear()
-        self.tries.clear()
-        self.recovered.clear()
-        self.wrong_ids.clear()
-        self.detours.clear()
-        self.broken, self.one_way = [], []
-
-    def faults(self) -> list[str]:
-        """Return all faults, one line each."""
-        lines = [*self._bad, *([self.error] if self.error else [])]
-        lines += [f"chip {chip} keeps id {wrong}: not used" for chip, wrong in self.wrong_ids.items()]
-        lines += [
-            f"chip {chip} hears {a} and is heard by {b}, but no link of it works both ways: not used"
-            for chip, (a, b) in self.detours.items()
-        ]
-        on = {chip.io_channel for chip in self.roots}
-        for io_channel, root in zip(self.io_channels, self.shape.roots, strict=False):
-            if io_channel not in on:
-                lines.append(f"io_channel {io_channel}: root chip {root} does not answer")
-        named = self.excluded | self.wrong_ids.keys() | self.detours.keys()
-        silent = [chip for chip in self.missing() if chip not in named]
-        if silent:
-            lines.append(f"no answer from chip{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}")
-        lines += [
-            f"link {a} - {b} works only from {a} to {b}" for a, b in self.one_way if a in self.chips and b in self.chips
-        ]
-        lines += [f"link {a} - {b} is broken" for a, b in self.broken if a < b]
-        return [f"{self.name}: {line}" for line in lines]
-
-    def missing(self) -> list[int]:
-        return [chip_id for chip_id in self.shape.ids() if chip_id not in self.chips]
-
-    def drop(self, chip: Chip) -> None:
-        """Remove a chip without children."""
-        if chip.parent is not None:
-            chip.parent.children.remove(chip)
-        del self.chips[chip.chip_id]
-
-    def link_text(self, link: tuple[int, int]) -> str:
-        if link[0] < 0:
-            return f"link from the board over io_channel {-link[0]} to chip {link[1]}"
-        return f"link {link[0]} - {link[1]}"
-
-
-class _Answers:
-    """Answers of one exchange. `good`: values by key. `bad`: number of wrong answers by (io_group, io_channel, id).
-
-    Wrong are bad parity, another value than the id in the register of the id, and registers that were not read.
-    `others`: keys of ids for which a chip of another id has answered.
-    """
-
-    def __init__(self) -> None:
-        self.good: dict[_Key, list[int]] = {}
-        self.bad: Counter[tuple[int, ...]] = Counter()
-        self.others: dict[_Key, None] = {}
-
-    def right(self, key: _Key) -> int:
-        """Return the number of answers with the id in the register of the id."""
-        return self.good.get(key, []).count(key[2])
-
-
 class NetworkDiscovery:
     """Discovers the networks of tiles through the producer. The chips must have their power-up configuration."""
 
@@ -262,15 +63,12 @@ class NetworkDiscovery:
         reset: Callable[[list[int]], object] | None,
     ) -> None:
         """`reset` resets the chips of these boards; None if they must not be reset."""
-        self._link = link
-        self._registers = registers
-        self._links = _Links(registers)
+        self._links = LinkRegisters(registers)
+        self._words = DiscoveryExchange(link, registers, self._links)
         self._tiles = tiles
         self._progress = progress
         self._reset = reset
         self._expected_chips = sum(len(tile.shape.ids()) for tile in tiles)
-        #: By io_group: io_channel, packet type, chip_id, address and value of each word to send, one after the other.
-        self._queue: dict[int, list[int]] = {}
 
     def discover(self) -> None:
         """Grow the networks of all tiles, then test the other links. The results are in the tiles.
@@ -292,7 +90,7 @@ class NetworkDiscovery:
         self._tiles = tiles
 
     def _discover(self) -> None:
-        self._link.listen(hardware.CONFIG_ANSWERS)
+        self._words.listen(hardware.CONFIG_ANSWERS)
         try:
             self._grow()
             while self._verify() or self._try_detours():
@@ -302,23 +100,23 @@ class NetworkDiscovery:
                 self._settle(tile)
             self._exchange([])
         finally:
-            self._link.listen(hardware.NO_ROWS)
+            self._words.listen(hardware.NO_ROWS)
         for tile in self._tiles:
             if tile.error:
                 tile.chips.clear()
 
     def answering_roots(self) -> list[str]:
         """Return the keys of roots that answer. After a reset there are none, unless chips have ignored it."""
-        self._link.listen(hardware.CONFIG_ANSWERS)
+        self._words.listen(hardware.CONFIG_ANSWERS)
         try:
             asked = {}
             for tile in self._tiles:
                 for root in tile.roots:
                     asked[self._key(tile, root.io_channel, root.chip_id)] = tile.key(root.chip_id)
-                    self._read(tile, root.io_channel, root.chip_id, self._links.id, _READS)
+                    self._words.read(tile, root.io_channel, root.chip_id, self._links.id, _READS)
             answers = self._exchange([], marks=False)
         finally:
-            self._link.listen(hardware.NO_ROWS)
+            self._words.listen(hardware.NO_ROWS)
         return [name for key, name in asked.items() if key in answers.good]
 
     # Growing the network.
@@ -379,7 +177,7 @@ class NetworkDiscovery:
             for parent in parents:
                 self._open(tile, parent, [probe.direction for probe in planned if probe.parent is parent])
             for probe in planned:
-                self._read(tile, probe.io_channel, probe.chip_id, self._links.id, _READS)
+                self._words.read(tile, probe.io_channel, probe.chip_id, self._links.id, _READS)
             self._read_ids(tile, {probe.io_channel for probe in planned}, [_POWER_UP, *tile.shape.ids()])
             for parent in parents:  # so that a chip which has not taken its id gets no other one
                 self._open(tile, parent, [])
@@ -407,7 +205,7 @@ class NetworkDiscovery:
             doubtful += self._doubtful(tile, answers, {probe.io_channel for probe in planned})
         self._examine(list(dict.fromkeys(doubtful)))
 
-    def _doubtful(self, tile: Tile, answers: _Answers, io_channels: Collection[int]) -> list[tuple[Tile, Chip]]:
+    def _doubtful(self, tile: Tile, answers: Answers, io_channels: Collection[int]) -> list[tuple[Tile, Chip]]:
         """Return the chips with no answer or a wrong one, after all ids on these io_channels were read."""
         keys = {
             chip: self._key(tile, chip.io_channel, chip.chip_id)
@@ -436,7 +234,7 @@ class NetworkDiscovery:
         """Give the chip its id and let it answer over this link. The link is closed again, for the next trial."""
         if probe.parent is not None:
             self._open(tile, probe.parent, [probe.direction])
-        self._write(tile, probe.io_channel, _POWER_UP, self._links.id, probe.chip_id)
+        self._words.write(tile, probe.io_channel, _POWER_UP, self._links.id, probe.chip_id)
         self._begin(tile, probe.io_channel, probe.chip_id, OPPOSITE[probe.direction])
         if probe.parent is not None:
             self._open(tile, probe.parent, [])
@@ -444,19 +242,19 @@ class NetworkDiscovery:
     def _begin(self, tile: Tile, io_channel: int, chip_id: int, side: int) -> None:
         """Set the UARTs of a chip that has its id: no children, and answers in this direction."""
         for address, value in self._links.first:
-            self._write(tile, io_channel, chip_id, address, value)
+            self._words.write(tile, io_channel, chip_id, address, value)
         self._answer_to(tile, io_channel, chip_id, side)
 
     def _answer_to(self, tile: Tile, io_channel: int, chip_id: int, side: int | None) -> None:
         """Let a chip answer in this direction only, or nowhere."""
         uarts = [] if side is None else [tile.shape.send[side]]
-        self._write(tile, io_channel, chip_id, self._links.down, self._links.value(self._links.down, uarts))
+        self._words.write(tile, io_channel, chip_id, self._links.down, self._links.value(self._links.down, uarts))
 
     def _open(self, tile: Tile, chip: Chip, directions: Iterable[int], without: Chip | None = None) -> None:
         """Open the links of a chip to its children, but one, and in these directions, and close all others."""
         children = [OPPOSITE[child.side] for child in chip.children if child is not without]
         uarts = {tile.shape.send[direction] for direction in (*children, *directions)}
-        self._write(tile, chip.io_channel, chip.chip_id, self._links.up, self._links.value(self._links.up, uarts))
+        self._words.write(tile, chip.io_channel, chip.chip_id, self._links.up, self._links.value(self._links.up, uarts))
 
     def _settle(self, tile: Tile) -> None:
         """Open the links of the network, and close all others, which trials have left open."""
@@ -467,9 +265,9 @@ class NetworkDiscovery:
     def _read_ids(self, tile: Tile, io_channels: Iterable[int], ids: Iterable[int]) -> None:
         for io_channel in io_channels:
             for chip_id in ids:
-                self._read(tile, io_channel, chip_id, self._links.id, 1)
+                self._words.read(tile, io_channel, chip_id, self._links.id, 1)
 
-    def _impostors(self, tile: Tile, answers: _Answers) -> set[int]:
+    def _impostors(self, tile: Tile, answers: Answers) -> set[int]:
         """Return the chips that have answered for another id, as the id that they answer with shows."""
         impostors = set()
         for key in answers.others:
@@ -496,7 +294,8 @@ class NetworkDiscovery:
     def _restart(self, tile: Tile) -> None:
         """Forget the network of a tile, so that it grows anew without the links and chips that are not used."""
         for chip in reversed(tile.ordered()):
-            self._write(tile, chip.io_channel, chip.chip_id, self._links.up, self._links.value(self._links.up, []))
+            closed = self._links.value(self._links.up, [])
+            self._words.write(tile, chip.io_channel, chip.chip_id, self._links.up, closed)
         tile.restarts += 1
         if tile.restarts > _RESTARTS:
             tile.error = f"its network was grown {tile.restarts} times, and a link or chip was bad each time"
@@ -515,11 +314,11 @@ class NetworkDiscovery:
             self._settle(tile)
             chips = [chip for other, end in doubtful if other is tile for chip in end.path()]
             for chip in dict.fromkeys([*chips, *tile.roots]):
-                self._read(tile, chip.io_channel, chip.chip_id, self._links.id, _MORE_READS)
+                self._words.read(tile, chip.io_channel, chip.chip_id, self._links.id, _MORE_READS)
         answers = self._exchange(tiles)
         for tile in tiles:
             if not any(answers.right(self._key(tile, root.io_channel, root.chip_id)) for root in tile.roots):
-                tile.error = tile.error or _NO_ROOTS
+                tile.error = tile.error or NO_ROOTS
         for tile, end in doubtful:
             if tile.error or tile.chips.get(end.chip_id) is not end:
                 continue
@@ -604,13 +403,13 @@ class NetworkDiscovery:
                     ids = self._wrong_ids(tile, parent, chip_id)
                     for wrong in ids:
                         self._begin(tile, parent.io_channel, wrong, far)
-                        self._read(tile, parent.io_channel, wrong, self._links.id, _READS)
-                        self._write(tile, parent.io_channel, wrong, self._links.id, chip_id)
+                        self._words.read(tile, parent.io_channel, wrong, self._links.id, _READS)
+                        self._words.write(tile, parent.io_channel, wrong, self._links.id, chip_id)
                 else:
                     ids = []
-                    self._write(tile, parent.io_channel, _POWER_UP, self._links.id, chip_id)
+                    self._words.write(tile, parent.io_channel, _POWER_UP, self._links.id, chip_id)
                 self._begin(tile, parent.io_channel, chip_id, far)
-                self._read(tile, parent.io_channel, chip_id, self._links.id, _READS)
+                self._words.read(tile, parent.io_channel, chip_id, self._links.id, _READS)
                 for each in (chip_id, *ids):
                     self._answer_to(tile, parent.io_channel, each, None)
                 self._open(tile, parent, [])
@@ -712,13 +511,13 @@ class NetworkDiscovery:
                     assert receiver.parent is not None
                     self._open(tile, receiver.parent, [], without=receiver)
                     self._open(tile, sender, [direction])
-                    self._read(tile, sender.io_channel, receiver.chip_id, self._links.id, _READS)
+                    self._words.read(tile, sender.io_channel, receiver.chip_id, self._links.id, _READS)
                     self._open(tile, sender, [])
                     self._open(tile, receiver.parent, [])
                     key = self._key(tile, receiver.io_channel, receiver.chip_id)
                 else:
                     self._answer_to(tile, sender.io_channel, sender.chip_id, direction)
-                    self._read(tile, sender.io_channel, sender.chip_id, self._links.id, _READS)
+                    self._words.read(tile, sender.io_channel, sender.chip_id, self._links.id, _READS)
                     self._answer_to(tile, sender.io_channel, sender.chip_id, sender.side)
                     key = self._key(tile, receiver.io_channel, sender.chip_id)
                 asked.append((tile, wire, key))
@@ -735,99 +534,8 @@ class NetworkDiscovery:
 
     # Words.
 
-    def _key(self, tile: Tile, io_channel: int, chip_id: int) -> _Key:
+    def _exchange(self, asked: list[Tile], *, marks: bool = True) -> Answers:
+        return self._words.exchange(asked, self._tiles, marks=marks)
+
+    def _key(self, tile: Tile, io_channel: int, chip_id: int) -> Key:
         return tile.io_group, io_channel, chip_id, self._links.id
-
-    def _write(self, tile: Tile, io_channel: int, chip_id: int, address: int, value: int) -> None:
-        word = (io_channel, PacketType.CONFIG_WRITE, chip_id, address, value)
-        self._queue.setdefault(tile.io_group, []).extend(word)
-
-    def _read(self, tile: Tile, io_channel: int, chip_id: int, address: int, times: int) -> None:
-        word = (io_channel, PacketType.CONFIG_READ, chip_id, address, 0)
-        self._queue.setdefault(tile.io_group, []).extend(word * times)
-
-    def _exchange(self, tiles: list[Tile], *, marks: bool = True) -> _Answers:
-        """Send the queued words in their order, and collect the answers.
-
-        Each root is asked at the end, because all answers have come when the roots have answered.
-        """
-        marked: set[_Key] = set()
-        for tile in tiles if marks else ():
-            for root in tile.roots:
-                self._read(tile, root.io_channel, root.chip_id, self._links.mark, 2)
-                marked.add((tile.io_group, root.io_channel, root.chip_id, self._links.mark))
-            if not tile.roots:
-                marked.add((tile.io_group, 0, 0, 0))  # never comes: wait for silence
-        queue, self._queue = self._queue, {}
-        errors: dict[int, str] = {}
-        for _ in range(1 + _RESENT):  # a board may be busy with an order of 2 s
-            errors = self._send(queue)
-            queue = {io_group: queue[io_group] for io_group in errors}
-        for tile in self._tiles:
-            tile.error = tile.error or errors.get(tile.io_group, "")
-        marked = {key for key in marked if key[0] not in errors}
-        answers = _Answers()
-        end = time.monotonic() + _SILENCE
-        all_marks = False
-        while time.monotonic() < end:
-            self._link.wait(end)
-            arrived = self._take(answers)
-            if all_marks:
-                continue
-            if marks and marked <= answers.good.keys():
-                all_marks = True
-                end = time.monotonic() + _GRACE
-            elif arrived:
-                end = time.monotonic() + _SILENCE
-        for tile in tiles if marks else ():
-            keys = {(tile.io_group, root.io_channel, root.chip_id, self._links.mark) for root in tile.roots}
-            tile.silences = 0 if not keys or keys & answers.good.keys() else tile.silences + 1
-            if tile.silences == _SILENCES:
-                tile.error = tile.error or _NO_ROOTS
-        return answers
-
-    def _send(self, queue: dict[int, list[int]]) -> dict[int, str]:
-        """Send words to the boards, in parallel. Returns errors by io_group."""
-        numbers = []
-        for io_group, content in queue.items():
-            columns = np.array(content, np.int64).reshape(-1, 5).T
-            made = self._words(*columns[1:])
-            for start in range(0, len(made), _BATCH):
-                part = slice(start, start + _BATCH)
-                number = self._link.send_words(io_group, columns[0, part].astype(np.uint8), made[part])
-                numbers.append((io_group, number))
-        errors: dict[int, str] = {}
-        for io_group, number in numbers:
-            try:
-                self._link.await_answer(number)
-            except BoardError as error:
-                errors.setdefault(io_group, str(error))
-        return errors
-
-    def _words(self, kinds: Any, chip_ids: Any, addresses: Any, values: Any) -> NDArray[np.uint64]:
-        """Return configuration words of both kinds in their order. The arguments have shape (N,)."""
-        made = np.zeros(len(kinds), np.uint64)
-        for kind in (PacketType.CONFIG_WRITE, PacketType.CONFIG_READ):
-            at = np.flatnonzero(kinds == kind)
-            made[at] = self._registers.words(kind, chip_ids[at], addresses[at], values[at])
-        return made
-
-    def _take(self, answers: _Answers) -> bool:
-        """Take the rows that have come. Returns whether there were any."""
-        arrived = False
-        for rows in self._link.rows():
-            arrived = True
-            addresses, values = registers_of(rows)
-            columns = (io_groups_of(rows), rows["io_channel"], rows["chip_id"], addresses, values, rows["valid_parity"])
-            for group, channel, chip_id, address, value, valid in zip(
-                *(column.tolist() for column in columns), strict=True
-            ):
-                key = group, channel, chip_id, address
-                right = valid and (value == chip_id if address == self._links.id else address == self._links.mark)
-                if not right:
-                    answers.bad[key[:3]] += 1
-                if valid:
-                    answers.good.setdefault(key, []).append(value)
-                    if not right and address == self._links.id:
-                        answers.others[key] = None
-        return arrived

@@ -11,9 +11,10 @@ from system import system
 
 from larpixdaq.emulators.network import tile_wiring
 from larpixdaq.errors import RequestError
-from larpixdaq.hardware import network_discovery
+from larpixdaq.hardware import discovery_exchange
+from larpixdaq.hardware.discovered_tile import Tile
 from larpixdaq.hardware.discovery_action import _write
-from larpixdaq.hardware.network_discovery import NetworkDiscovery, Tile
+from larpixdaq.hardware.network_discovery import NetworkDiscovery
 from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.hardware.tile_shape import tile_shape
 
@@ -23,8 +24,8 @@ SLOW = 120.0
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
     """Emulated tiles in this process have answered when their words are sent."""
-    monkeypatch.setattr(network_discovery, "_GRACE", 0.001)
-    monkeypatch.setattr(network_discovery, "_SILENCE", 0.001)
+    monkeypatch.setattr(discovery_exchange, "_GRACE", 0.001)
+    monkeypatch.setattr(discovery_exchange, "_SILENCE", 0.001)
 
 
 def discover(emulated, asic, shape=None, **link_faults):
