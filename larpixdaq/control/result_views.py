@@ -18,9 +18,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq.control import network_view
 from larpixdaq.control.display import cell, is_table, readable, shown_rows
 from larpixdaq.errors import printable
+from larpixdaq.routines.kit import network_picture
 
 #: Lines of a histogram, and characters of its longest bar.
 _LINES: Final = 24
@@ -30,8 +30,6 @@ _BLOCKS: Final = " ▏▎▍▌▋▊▉█"
 _SHADES: Final = ".:-=+*#%@"
 _MAP_LINE: Final = 64
 _MAP_LINES: Final = 40
-#: Exceptions of a result in another form.
-_OTHER_FORM: Final = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 #: Colours of a map, in equal steps from the lowest value to the highest, and that of 0.
 _COLOURS: Final = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 _NONE: Final = (217, 217, 217)
@@ -278,7 +276,7 @@ def _or_else(special: Callable[[Any], str], general: Callable[[Any], str]) -> Ca
     def show(value: Any) -> str:
         try:
             return special(value)
-        except _OTHER_FORM:
+        except network_picture.WRONG_FORM:
             return general(value)
 
     return show
@@ -317,6 +315,6 @@ _VIEWS: Final = {
     "power_up": View(
         _or_else(lambda value: readable(_power(value)), readable), _or_else(lambda value: html(_power(value)), html)
     ),
-    "discover_network": View(_or_else(network_view.text, readable), _or_else(network_view.html, html)),
+    "discover_network": View(_or_else(network_picture.text, readable), _or_else(network_picture.html, html)),
     "pixel_map": View(_or_else(_map_text, readable), _or_else(_map_html, html)),
 }

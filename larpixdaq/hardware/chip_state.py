@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware import network_bringup
 from larpixdaq.hardware.pixel_layout import LoadedLayout
-from larpixdaq.hardware.power import Dacs
+from larpixdaq.hardware.power import Dacs, Progress
 from larpixdaq.hardware.producer_link import ProducerPipe
 from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.protocol import hardware
@@ -195,7 +195,7 @@ class ChipState:
         if controller.io is None and self.link.setup.boards:
             from larpixdaq.hardware.controller_io import StreamIO
 
-            controller.io = StreamIO(self.link, self.registers, self.invalidate, self.layout)
+            controller.io = StreamIO(self.link, self.registers, self.invalidate, self.layout, self._discover_network)
             controller.io.dacs = self.dacs
         for key in self._index:
             if key_of(key) not in controller.chips:
@@ -205,6 +205,13 @@ class ChipState:
         for at in np.flatnonzero(differ).tolist():
             self.registers.set_values(configs[at], self.wanted[indices[at]])
         return controller
+
+    def _discover_network(self, progress: Progress, *arguments: Any) -> tuple[Any, dict[str, Any]]:
+        """Discover networks for a routine. Returns the Controller of the found chips, and the result."""
+        from larpixdaq.hardware.discovery_action import DiscoveryActions  # which knows this class
+
+        found = DiscoveryActions(self, progress).discover_network(*arguments)
+        return self.controller(), found
 
     def _configurations(self, controller: Any) -> tuple[list[int], list[Any]]:
         """Return the indices of the known chips in this Controller, and their configurations."""

@@ -44,10 +44,13 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         registers: ChipRegisters,
         invalidate: Callable[[list[int]], None],
         layout: LoadedLayout,
+        discover: Callable[..., tuple[Any, dict[str, Any]]],
     ) -> None:
+        """`discover`: ChipState.discover_network()."""
         IO.__init__(self)
         BoardOrders.__init__(self, link, invalidate)
         self._layout = layout
+        self._discover = discover
         self._io_group_table = bidict.bidict(self.names)
         self.registers = registers
         self._asic = Asic(link.setup.generation)  # of the rows' decoder, which may know the mode fifo diagnostics
@@ -74,6 +77,13 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         """Ramp the supplies of tiles up, as Operator.power_up() does. `progress(text, done, total)`: send_info."""
         actions = PowerActions(self._link, self._invalidate, progress, self.dacs)
         return actions.power_up(tiles, vdda_dac, vddd_dac, limits, io_group)
+
+    def discover_network(self, *arguments: Any, progress: Progress = no_progress) -> tuple[Any, dict[str, Any]]:
+        """Discover networks, with the arguments of Operator.discover_network() and its result.
+
+        Returns also the Controller of the found chips, which the routine must return in place of its own.
+        """
+        return self._discover(progress, *arguments)
 
     def load(self, filepath: Any = None) -> None:
         raise RequestError("no io file is loaded in a routine: the producer's options name the boards")

@@ -1,4 +1,4 @@
-"""The action discover_network: its arguments, the board file that it writes, and its result."""
+"""The action discover_network: its arguments, the board file and the picture that it writes, and its result."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from larpixdaq.hardware.pacman_registers import FIRMWARE, MAP_VERSION, TILES, re
 from larpixdaq.hardware.power import Progress
 from larpixdaq.hardware.producer_link import BoardError
 from larpixdaq.hardware.tile_shape import CHANNELS, OPPOSITE, TileShape, tile_shape
+from larpixdaq.routines.kit import network_picture
 from larpixdaq.schema import parse_key
 
 _MOST_TILES: Final = 10
@@ -77,9 +78,10 @@ class DiscoveryActions:
         _write(path, registers.asic, found)
         self._chips.load_board(str(path))
         faults = [fault for tile in found for fault in tile.faults()]
-        return {
+        result = {
             "ok": not faults,
-            "file": str(path),
+            "file": str(path.absolute()),
+            "picture": str(path.absolute().with_suffix(".html")),
             "asic": registers.asic,
             "chips": sum(len(tile.chips) for tile in found),
             "missing": sum(len(tile.missing()) for tile in found),
@@ -88,6 +90,8 @@ class DiscoveryActions:
             "seconds": round(time.monotonic() - began, 2),
             "tiles": [_describe(tile) for tile in found],
         }
+        _write_new(path.with_suffix(".html"), network_picture.page(result))
+        return result
 
     def _reset_again(self, groups: list[int], discovery: NetworkDiscovery) -> str:
         """Reset the boards' chips. Returns the state of the chips."""
@@ -161,8 +165,9 @@ def _new_file(file: Any) -> Path:
     if not isinstance(file, str) or not file.isprintable() or not file.endswith(".json"):
         raise RequestError(f"discover_network: file: expected a name that ends with .json, found {file!r:.100}")
     path = Path(file)
-    if path.exists():
-        raise RequestError(f"discover_network: file {file:.200}: it exists, and is not overwritten: name another")
+    for new in (path, path.with_suffix(".html")):
+        if new.exists():
+            raise RequestError(f"discover_network: file {new!s:.200}: it exists, and is not overwritten: name another")
     if not path.absolute().parent.is_dir():
         raise RequestError(f"discover_network: file {file:.200}: no such folder")
     return path
@@ -191,9 +196,13 @@ def _write(path: Path, asic: str, tiles: list[Tile]) -> None:
         "layout": None,
         "network": network,
     }
+    _write_new(path, json.dumps(content, indent=1) + "\n")
+
+
+def _write_new(path: Path, content: str) -> None:
     try:
         with path.open("x") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
+            file.write(content)
     except OSError as error:
         raise RequestError(f"discover_network: cannot write {path}: {error.strerror}") from None
 

@@ -1,6 +1,6 @@
-"""Results of discover_network as pictures of tiles: characters in a terminal, SVG in a notebook.
+"""Results of discover_network as pictures of tiles: characters in a terminal, SVG in a notebook, a page or a report.
 
-Any wrong form of a result raises one of the exceptions that result_views.py expects.
+A result of another form raises one of WRONG_FORM.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from larpixdaq.errors import printable
 
+WRONG_FORM: Final = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 #: Maximum tiles that are drawn, those with the most faults, and maximum lines of faults.
 _DRAWN: Final = 4
 _DRAWN_HTML: Final = 16
@@ -175,3 +176,12 @@ def html(value: Any) -> str:
         "hears: works only in this direction</div>"
     )
     return "".join([*parts, *(f"<div>{escape(tile.summary())}</div>" for tile in named)])
+
+
+def page(value: Any) -> str:
+    """Return an HTML page with the picture, which needs no other file."""
+    title = escape(printable(f"{value['chips']} chips on {len(value['tiles'])} tiles"))
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>'
+        f"<body style='font:15px sans-serif;margin:2em'>{html(value)}</body></html>\n"
+    )
