@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -15,9 +15,11 @@ from rich.console import Console
 
 from larpixdaq import config
 from larpixdaq.cli.system import plain_console
-from larpixdaq.errors import FileError, LarpixDaqError, NoCore, UsageError, printable
+from larpixdaq.constants import RUN
+from larpixdaq.control.snapshots import read_disabled, read_object
+from larpixdaq.errors import LarpixDaqError, NoCore, UsageError, printable
 from larpixdaq.operator import Operator, Request
-from larpixdaq.runtime.units import parse_positive, parse_whole
+from larpixdaq.runtime.units import parse_positive, parse_whole, utc_name
 
 #: Maximum seconds of a step before the routines, and of all routines.
 _STEP_LIMIT: Final = 600.0
@@ -25,22 +27,39 @@ _LIMIT: Final = 4 * 3600.0
 _ABORT_LIMIT: Final = 30.0
 #: Maximum seconds without a sign of the core.
 _NO_CORE_LIMIT: Final = 60.0
+#: Minimum seconds between two lines of progress of a step before the routines.
+_PROGRESS: Final = 5.0
+#: Maximum number of faults of a network that are shown.
+_FAULTS: Final = 20
 
 
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "qc",
         help="bring up a tile and write its quality report",
-        description="Powers a tile, brings its chips into their network, calibrates it, and runs the routines of a "
-        "quality control, through the running system. Writes one report with pass or fail for each limit. Exits with 0 "
-        "only if all was measured and every limit is passed. Ctrl-C ends the routine, and writes the registers of the "
-        "chips as they were wanted before it.",
+        description="Powers a tile, brings its chips into their network, or discovers this network, calibrates it, and "
+        "runs the routines of a quality control, through the running system. Writes one report with pass or fail for "
+        "each limit. Exits with 0 only if all was measured and every limit is passed. Ctrl-C ends the routine, and "
+        "writes the registers of the chips as they were wanted before it.",
     )
     whole, dac = partial(parse_whole, low=0, high=9), partial(parse_whole, low=0, high=0xFFFF)
     parser.add_argument(
         "network",
+        nargs="?",
         metavar="FILE",
-        help="controller configuration of larpix-control with the chips and their network, on the producer's machine",
+        help="controller configuration of larpix-control with the chips and their network, on the producer's machine "
+        "(default: the network is discovered and written beside the report; this resets all chips of the boards)",
+    )
+    parser.add_argument(
+        "--shape",
+        metavar="SHAPE",
+        help="of the tiles to discover: 10x10, 10x16, 5x5, or a .json file with rows, columns, roots (default 10x10)",
+    )
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        metavar="CHIP",
+        help="chip that the discovery must not use, such as 1-1-33; can be repeated",
     )
     parser.add_argument(
         "--tile",
@@ -91,65 +110,99 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--low {options.low:g} is not below --high {options.high:g}")
     if not options.tiles and (options.vdda_dac or options.vddd_dac or options.ramp):
         raise UsageError("--vdda-dac, --vddd-dac, --ramp go with --tile")
+    if options.network and (options.shape or options.exclude):
+        raise UsageError("--shape, --exclude are for a discovery, without FILE")
     arguments = {
         "low": options.low,
         "high": options.high,
         "apply": not options.restore,
-        "leave_off": _read(options.leave_off, "--leave-off"),
-        "options": _read(options.limits, "--limits"),
+        "leave_off": options.leave_off and read_disabled(options.leave_off),
+        "options": options.limits and read_object(options.limits),
         "title": options.title,
         "directory": str(Path(options.output_dir).absolute()),
     }
-    console = plain_console(quiet=options.json)
+    if options.shape and options.shape.endswith(".json"):
+        options.shape = read_object(Path(options.shape))
     begin = time.monotonic()
     with Operator(options.core, insecure=options.insecure) as operator:
-        tile = _Tile(operator, console, options)
-        result = tile.run(arguments)
+        result = _Tile(operator, options).run(arguments)
     result["total_seconds"] = round(time.monotonic() - begin, 1)
     if options.json:
         print(json.dumps(result))
     else:
-        _show(result, console)
+        _show(result, plain_console())
     return 0 if result["ok"] else 1
 
 
 class _Tile:
     """Sends the steps to the producer, and shows their progress."""
 
-    def __init__(self, operator: Operator, console: Console, options: argparse.Namespace) -> None:
-        self._operator, self._console, self._options = operator, console, options
+    def __init__(self, operator: Operator, options: argparse.Namespace) -> None:
+        self._operator, self._options = operator, options
+        self._console, self._errors = plain_console(quiet=options.json), plain_console(stderr=True)
+        self._where = {} if options.component is None else {"component": options.component}
         self._begin = time.monotonic()
+        self._request: Request | None = None  # the last one
 
     def run(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        operator, options = self._operator, self._options
-        where = {} if options.component is None else {"component": options.component}
-        with self._ended(where):
-            if options.tiles:
-                dacs = {"vdda_dac": options.vdda_dac, "vddd_dac": options.vddd_dac}
-                given = {name: value for name, value in dacs.items() if value is not None}
+        operator, options, where = self._operator, self._options, self._where
+        if options.tiles:
+            dacs = {"vdda_dac": options.vdda_dac, "vddd_dac": options.vddd_dac}
+            given = {name: value for name, value in dacs.items() if value is not None}
+            with self._interruptible(self._switch_off):
                 power = operator.power(
                     True, tiles=options.tiles, io_group=options.io_group, ramp=options.ramp, **given, **where
                 )
                 self._wait("power", power)
-            chips = self._wait("chips", operator.load_board(options.network, **where))["chips"]
-            network = self._wait("network", operator.configure_network(**where))
-            silent = f"; silent: {', '.join(network['silent'][:10])}" if network["silent"] else ""
-            self._say(f"{chips} chips, {'all' if network['ok'] else 'NOT all'} in their network{silent}")
+        if options.network:
+            with self._interruptible(lambda: "NOT KNOWN: reset() gives all chips their power-up configuration"):
+                chips = self._wait("chips", operator.load_board(options.network, **where))["chips"]
+                self._configure(chips)
+        else:
+            with self._interruptible(self._reset):
+                arguments["network"] = found = self._discover(arguments["directory"])
+                self._configure(found["chips"])
+        with self._interruptible(self._enforce):
             quality = operator.run_routine("qc", time_limit=_LIMIT, **arguments, **where)
             result: dict[str, Any] = self._wait("qc", quality, _LIMIT)
         return result
 
+    def _discover(self, directory: str) -> dict[str, Any]:
+        """Discover the network, and say what was found."""
+        options = self._options
+        path = Path(directory) / f"network_{utc_name(time.time())}.json"
+        request = self._operator.discover_network(
+            str(path), options.tiles, options.io_group, options.shape, options.exclude, **self._where
+        )
+        found: dict[str, Any] = self._wait("discovery", request)
+        faults = found["faults"]
+        self._say(
+            f"{found['chips']} of {found['chips'] + found['missing']} chips found on {len(found['tiles'])} tiles, "
+            f"{len(faults)} faults: {found['file']}"
+        )
+        for fault in faults[:_FAULTS]:
+            self._say(fault)
+        if len(faults) > _FAULTS:
+            self._say(f"and {len(faults) - _FAULTS} more faults")
+        return found
+
+    def _configure(self, chips: int) -> None:
+        network = self._wait("network", self._operator.configure_network(**self._where))
+        silent = f"; silent: {', '.join(network['silent'][:10])}" if network["silent"] else ""
+        self._say(f"{chips} chips, {'all' if network['ok'] else 'NOT all'} in their network{silent}")
+
     def _wait(self, name: str, request: Request, limit: float = _STEP_LIMIT) -> Any:
         """Show the progress of a request, and return its result. A core that is busy for a while is waited for."""
-        step = ""
+        self._request = request
+        step, due = "", 0.0
         heard = time.monotonic()
         while True:
             try:
                 for response in request:
                     heard = time.monotonic()
                     new = (response.text or "").split(":")[0]
-                    if name == "qc" and response.kind == "progress" and new and new != step:
-                        step = new
+                    if response.kind == "progress" and new not in ("", step) and (name == "qc" or heard >= due):
+                        step, due = new, heard + _PROGRESS
                         self._say(step)
                 return request.result(limit)
             except NoCore:  # the producer goes on meanwhile
@@ -160,35 +213,40 @@ class _Tile:
         self._console.print(printable(f"{time.monotonic() - self._begin:6.1f} s  {text}"))
 
     @contextlib.contextmanager
-    def _ended(self, where: dict[str, Any]) -> Iterator[None]:
-        """After an interruption, end the routine and write the wanted registers, so that the chips' state is known."""
+    def _interruptible(self, recover: Callable[[], str]) -> Iterator[None]:
+        """After an interruption, end the request, let `recover` give the chips a known state, and say which."""
         try:
             yield
         except KeyboardInterrupt:
             with contextlib.suppress(LarpixDaqError):  # none is running
-                self._operator.abort_routine(**where).result(_ABORT_LIMIT)
+                self._operator.abort_routine(**self._where).result(_ABORT_LIMIT)
+            if self._request is not None:
+                with contextlib.suppress(LarpixDaqError):  # because it was ended
+                    self._request.result(_ABORT_LIMIT)
             try:
-                done = self._operator.enforce_configuration(**where).result(_STEP_LIMIT)
-                state = "written as before the routine" if done["ok"] else "NOT all as before the routine"
+                state = recover()
+                run = self._operator.state().result(_ABORT_LIMIT) == RUN
             except LarpixDaqError as error:
-                state = f"NOT KNOWN: {error}"
-            self._say(f"interrupted; registers of the chips: {state}")
+                state, run = f"NOT KNOWN: {error}", False
+            self._errors.print(printable(f"interrupted; chips: {state}{'; the run goes on' if run else ''}"))
             raise
 
+    def _switch_off(self) -> str:
+        options = self._options
+        self._operator.power(False, tiles=options.tiles, io_group=options.io_group, **self._where).result(_STEP_LIMIT)
+        return "without power: their tiles were switched off"
 
-def _read(path: Path | None, option: str) -> Any:
-    """Return the JSON object in a file, None without a file. Raises FileError."""
-    if path is None:
-        return None
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise FileError(f"{option} {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise FileError(f"{option} {path}: no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise FileError(f"{option} {path}: expected an object, found {type(value).__name__}")
-    return value
+    def _reset(self) -> str:
+        self._operator.reset(io_group=self._options.io_group, **self._where).result(_STEP_LIMIT)
+        return "power-up configuration, by a reset"
+
+    def _enforce(self) -> str:
+        done = self._operator.enforce_configuration(**self._where).result(_STEP_LIMIT)
+        if done["ok"]:
+            return "all registers as before the quality control, by reading them back"
+        return f"NOT all registers as before the quality control: {done['different']} differ; " + (
+            f"silent: {', '.join(done['silent'][:10])}" if done["silent"] else "none is silent"
+        )
 
 
 def _show(result: dict[str, Any], console: Console) -> None:

@@ -151,7 +151,7 @@ def write(path: str | Path, snapshot: Snapshot, description: str = "") -> int:
 def read_disabled(path: str | Path) -> dict[str, list[int]]:
     """Read a list of disabled channels, {"io_group-tile-chip_id": [channel, …]}. FileError, ConfigError."""
     path = Path(path)
-    content = _parse(path, _MAX_LIST)
+    content = read_object(path, _MAX_LIST)
     content.pop("meta", None)
     for key, channels in content.items():
         if not isinstance(channels, list) or not all(type(channel) is int for channel in channels):
@@ -200,7 +200,7 @@ def one_line(problems: list[str]) -> str:
 
 def _read_chip(file: Path) -> tuple[str, str, dict[str, Any]]:
     """Return chip key, generation ("" if the file does not say) and registers in the file of one chip."""
-    content = _parse(file, _MAX_CHIP)
+    content = read_object(file)
     meta = content.pop("meta", {})
     if not isinstance(meta, dict):
         raise ConfigError(f"{file.name}: meta: expected an object, found {meta!r:.60}")
@@ -229,8 +229,8 @@ def _read_chip(file: Path) -> tuple[str, str, dict[str, Any]]:
     return key, _ASICS.get(asic, asic), content
 
 
-def _parse(file: Path, limit: int) -> dict[str, Any]:
-    """Return the JSON object in a file; FileError, ConfigError."""
+def read_object(file: Path, limit: int = _MAX_CHIP) -> dict[str, Any]:
+    """Return the JSON object in a file of at most `limit` bytes; FileError, ConfigError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(found := dict(pairs)) < len(pairs):

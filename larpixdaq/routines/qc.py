@@ -15,7 +15,7 @@ import numpy as np
 
 from larpixdaq.errors import LarpixDaqError, RequestError
 from larpixdaq.routines import Routine, load
-from larpixdaq.routines.kit import Chips
+from larpixdaq.routines.kit import Chips, network_picture
 from larpixdaq.routines.kit.report import by_chip
 from larpixdaq.runtime.units import utc, utc_name
 from larpixdaq.version import VERSION
@@ -52,6 +52,7 @@ def _qc(
     least_within: float = 0.9,
     title: str = "",
     directory: str = ".",
+    network: dict[str, Any] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Runs the routines of a quality control one after the other, and writes one report for the tile.
 
@@ -64,13 +65,14 @@ def _qc(
 
     A limit is passed if at most the fraction MOST_BAD of the channels is outside it or has no value, if at most
     MOST_DISABLED of all are to disable, and if of the calibrated ones at least LEAST_WITHIN are between LOW and HIGH. A
-    step that fails does not end the others. At the end all registers are read back.
+    step that fails does not end the others. At the end all registers are read back. NETWORK: the result of
+    discover_network, for the report; chips that it has not found are outside a limit of 0.
 
     Result: "ok", whether all limits are passed and all was measured; "limits": [{"step", "name", "unit", "low", "high",
     "median", "channels", "outside", "unknown", "verdict": "pass", "FAIL" or "not measured"}]; "not_measured": [text];
-    "silent": chips without an answer; "disable" {chip: [channel, ...]}; "state": what the chips' registers are now;
-    "steps" {step: seconds}; "seconds"; "files": the report as HTML, in DIRECTORY of the producer's machine, with the
-    pictures in it, and the numbers of all steps as JSON.
+    "silent": chips without an answer; "network" {"file", "chips", "missing", "faults"} or None; "disable" {chip:
+    [channel, ...]}; "state": what the chips' registers are now; "steps" {step: seconds}; "seconds"; "files": the report
+    as HTML, in DIRECTORY of the producer's machine, with the pictures in it, and the numbers of all steps as JSON.
     """
     chosen = list(STEPS) if steps is None else steps
     unknown = sorted({*chosen, *(options or {})} - set(STEPS))
@@ -85,13 +87,23 @@ def _qc(
     folder = Path(directory).absolute()
     if not folder.is_dir():
         raise RequestError(f"directory: {folder}: no such directory")
+    try:
+        picture = "" if network is None else network_picture.html(network)
+        found = network and {
+            "file": str(network["file"]),
+            "chips": int(network["chips"]),
+            "missing": int(network["missing"]),
+            "faults": list(map(str, network["faults"])),
+        }
+    except network_picture.WRONG_FORM:
+        raise ValueError("network: expected the result of discover_network") from None
     control = _QualityControl(controller, send_info, chips, leave_off, chosen, options or {})
-    result = control.run(low, high, apply, fractions)
+    result = control.run(low, high, apply, fractions, found)
     path = folder / f"qc_{utc_name(time.time())}.html"
     result["title"] = title or f"{result['chips']} chips of io_channels {', '.join(result['io_channels'])}"
     result["files"] = [str(path), str(path.with_suffix(".json"))]
     path.with_suffix(".json").write_text(json.dumps(result | {"results": control.results}) + "\n")
-    path.write_text(_page(result, control.pictures))
+    path.write_text(_page(result, control.pictures, picture))
     return controller, result
 
 
@@ -123,7 +135,14 @@ class _QualityControl:
         self.results: dict[str, Any] = {}
         self.pictures: dict[str, bytes] = {}
 
-    def run(self, low: float, high: float, apply: bool, fractions: tuple[float, float, float]) -> dict[str, Any]:
+    def run(
+        self,
+        low: float,
+        high: float,
+        apply: bool,
+        fractions: tuple[float, float, float],
+        network: dict[str, Any] | None,
+    ) -> dict[str, Any]:
         begin = time.time()
         before = {what: self._all.get(what) for what in _CALIBRATED if self._all.has(what)}
         self._registers()
@@ -152,6 +171,9 @@ class _QualityControl:
         finally:
             state = self._leave(before, applied)
         limits = self._limits(*fractions)
+        if network:
+            missing, positions = network["missing"], network["chips"] + network["missing"]
+            limits.insert(0, _limit("network", "chips that were not found", 0, missing, 0, positions))
         return {
             "ok": bool(limits) and not self._not_measured and all(limit["verdict"] == "pass" for limit in limits),
             "chips": len(self._all),
@@ -163,6 +185,7 @@ class _QualityControl:
             "limits": limits,
             "not_measured": self._not_measured,
             "silent": self._silent,
+            "network": network,
             "disable": by_chip(self._all.keys, self._off),
             "applied": applied,
             "state": state,
@@ -353,8 +376,11 @@ table{border-collapse:collapse}td,th{border:1px solid #bbb;padding:.2em .6em;tex
 pre{white-space:pre-wrap;background:#f4f4f4;padding:.5em}"""
 
 
-def _page(result: dict[str, Any], pictures: dict[str, bytes]) -> str:
-    """Return the report as an HTML page that needs no other file, and has no script."""
+def _page(result: dict[str, Any], pictures: dict[str, bytes], network: str) -> str:
+    """Return the report as an HTML page that needs no other file, and has no script.
+
+    `pictures`: PNGs, by step. `network`: HTML with the picture of the network, "" without one.
+    """
     text = html.escape
     rows = []
     for limit in result["limits"]:
@@ -389,6 +415,7 @@ Registers now: {text(result["state"])}.</p>
 {f"<ul>{missing}</ul>" if missing else "<p>Nothing is missing.</p>"}
 <h2>Channels to disable: {n}</h2>
 <pre>{text(disable)}</pre>
+{f"<h2>network, as it was discovered</h2>{network}" if network else ""}
 {images or "<p>No pictures: they need matplotlib on the producer's machine.</p>"}
 </body></html>
 """

@@ -252,16 +252,19 @@ class _Drawing(NamedTuple):
             fraction = scan.seen[chip, channel][used] / sent
             error = np.sqrt(np.clip(fraction * (1 - fraction), 0, None) / sent)
             zero = scan.threshold[chip, channel] * self.step_mv
-            name, colour = f"{scan.chips.keys[chip]} channel {channel}", f"C{number}"
-            axes.errorbar(zero + trims * self.trim_mv, fraction, error, fmt="o", ms=3, color=colour, label=name)
             middle, width = self.curves.midpoint[chip, channel], self.curves.width[chip, channel]
-            if not np.isnan(width):
+            noise = "" if np.isnan(width) else f": {width * self.trim_mv:.1f} mV"
+            name, colour = f"{scan.chips.keys[chip]} channel {channel}{noise}", f"C{number}"
+            axes.errorbar(zero + trims * self.trim_mv, fraction, error, fmt="o", ms=3, color=colour, label=name)
+            if noise:
                 fine = np.linspace(_TRIMS[-1], _TRIMS[0], 200)
                 axes.plot(zero + fine * self.trim_mv, fraction_seen(fine, middle, width), color=colour, lw=1)
         axes.set(xlabel="threshold [mV]", ylabel="fraction of pulses seen", ylim=(-0.05, 1.25))
         axes.set_title(title, fontsize=10)
         if len(channels):
             axes.legend(fontsize=6, ncols=2, loc="upper right")
+        else:
+            axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes)
 
 
 registration = {"s_curve": Routine("s_curve", _s_curve)}
