@@ -121,10 +121,12 @@ class _Tile:
                 chip = self.id(row, column)
                 x, y = self._place(chip)
                 colour = _COLOURS[(self.channel[chip] - 1) % 4] if chip in self.channel else _MISSING
+                ink = "white" if colour == _COLOURS[0] else "black"
                 edge = _BROKEN if chip in self.excluded else "none"
                 parts.append(
                     f"<circle cx='{x}' cy='{y}' r='8' fill='{colour}' stroke='{edge}' stroke-width='2'>"
                     f"<title>{chip}</title></circle>"
+                    f"<text x='{x}' y='{y + 2.5}' font-size='7' text-anchor='middle' fill='{ink}'>{chip}</text>"
                 )
         width, height = _PITCH * self.columns + 20, _PITCH * self.rows + 4
         start = f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}' role='img'>"
@@ -182,6 +184,7 @@ def page(value: Any) -> str:
     """Return an HTML page with the picture, which needs no other file."""
     title = escape(printable(f"{value['chips']} chips on {len(value['tiles'])} tiles"))
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        "<style>pre{white-space:pre-wrap}</style></head>"
         f"<body style='font:15px sans-serif;margin:2em'>{html(value)}</body></html>\n"
     )
