@@ -24,8 +24,8 @@ _STEP_DOWN, _FEW = 8, 2
 _COMPLETE: Final = 2
 #: Maximum further scans of channels without a complete s-curve, and steps of the global threshold by which it is moved
 #: if their rise is not within the trims. Excess of a fit from which a channel is measured again, too.
-_REPEATS, _MOVE = 3, 4
-_DOUBTFUL: Final = 3.0
+_REPEATS, _MOVE = 2, 4
+_DOUBTFUL: Final = 4.0
 #: Fractions of pulses at the highest and lowest trim beyond which the rise is not within the trims.
 _BOTTOM, _TOP = 0.1, 0.9
 #: Hits for one pulse from which a channel fires by itself, so that its hits tell nothing about pulses.
@@ -57,7 +57,7 @@ def _s_curve(
     CHIPS: a chip key, a list of chip keys, or None for all chips. All channels but LEAVE_OFF {chip: [channel, ...]}
     take part. The global threshold of each chip comes down from START until half of its channels see pulses of
     AMPLITUDE (counts by which the pulser's DAC falls). Then the trims come down from 31 to 0 by STEP, with PULSES
-    pulses at each. Channels without a good s-curve are measured again, up to three times, because boards can lose
+    pulses at each. Channels without a good s-curve are measured again, up to twice, because boards can lose
     messages: at a higher or lower global threshold if their rise is not within the trims. Other triggers are off. The
     registers of the chips are restored. A channel is bad without a complete s-curve, or with a noise above MOST_NOISE
     (electrons). PULSE_MV {chip: [mV, ...]}: height of one count of the pulser's DAC, as `gain` measures it.

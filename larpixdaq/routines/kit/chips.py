@@ -31,6 +31,8 @@ NAMES: Final = {
     "vref": ("vref_dac",),
     "vcm": ("vcm_dac",),
 }
+#: Commands to boards from which pulse() waits until the boards have accepted them.
+_POSTED: Final = 200
 #: Counts of the chips' 8-bit DACs, and of the ADC of v2 chips.
 COUNTS: Final = 256
 #: Register values that switch off all triggers but natural ones, and bursts, so that each trigger is one packet.
@@ -145,26 +147,33 @@ class Chips:
         low, high = (self.get(what)[:, None] * vdda_mv / COUNTS for what in ("vcm", "vref"))
         return low, (high - low) / COUNTS
 
-    def pulse(self, high: int, low: int, number: int, pause: float, part: NDArray[np.bool_] | None = None) -> None:
-        """Let the test pulse DAC of the chips in `part` (shape (chips,), None: all) fall from `high` to `low` and rise.
+    def pulse(
+        self, high: int, low: int, number: int, pause: float, groups: Sequence[NDArray[np.bool_]] | None = None
+    ) -> None:
+        """Let the test pulse DAC of chips fall from `high` to `low` and rise again, `number` times.
 
-        The DAC must be `high`, as it is afterwards. `number`: of pulses; `pause`: seconds between two of them.
+        The DAC must be `high`, as it is afterwards. `pause`: seconds between two pulses of a chip. `groups`: chips that
+        get their pulses one group after the other, each of shape (chips,); None: all chips together.
         """
+        parts = [np.ones(len(self), np.bool_)] if groups is None else groups
         risen, name = self._sent, self._name("testpulse_dac")
-        lower = [low] * len(self) if part is None else np.where(part, low, high).tolist()
-        self._put(name, lower)
+        self._put(name, [low] * len(self))
         fallen = self._data()
         self._put(name, [high] * len(self))
         marked = fallen != risen
         io = self.controller.io
         posted: list[int] = []
         for _ in range(number):
-            for values in (fallen, risen):
-                if hasattr(io, "post_registers"):  # set() would compare all registers of all chips, and wait
-                    posted += io.post_registers(self.keys, values, marked)
-                else:
-                    self.set(testpulse_dac=lower if values is fallen else high)
-            time.sleep(pause)
+            for part in parts:
+                for values in (fallen, risen):
+                    if hasattr(io, "post_registers"):  # set() would compare all registers of all chips, and wait
+                        posted += io.post_registers(self.keys, values, marked & part[:, None])
+                    else:
+                        self.set(testpulse_dac=np.where(part & (values is fallen), low, high))
+                time.sleep(pause / len(parts))
+            if len(posted) > _POSTED:
+                io.await_posted(posted)
+                posted = []
         if posted:
             io.await_posted(posted)
 

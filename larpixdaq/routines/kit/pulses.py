@@ -14,6 +14,8 @@ from larpixdaq.routines.kit.measurement import NATURAL, LineLoads, collect
 HIGH: Final = 255
 #: Fraction of a line's maximum that the hits of the pulses fill.
 _LOAD: Final = 0.6
+#: Maximum chips that get a pulse together, because boards lose messages of hits that come at the same moment.
+_TOGETHER: Final = 16
 #: Minimum seconds between two pulses, and between the last pulse and the end of the measurement.
 _PAUSE, _WAIT = 0.002, 0.02
 #: Distance from the median, in ADC counts and in medians of all distances, up to which a hit has its channel's height.
@@ -54,7 +56,7 @@ class Pulser:
     """
 
     def __init__(self, chips: Chips, off: NDArray[np.bool_]) -> None:
-        self._chips, self._part = chips, ~off.all(1)
+        self._chips, self._groups = chips, _groups(chips.lines(), ~off.all(1))
         reset = {"periodic_reset": 1} if chips.has("periodic_reset") else {}
         chips.set(mask=off, testpulse_enable=off, testpulse_dac=HIGH, **reset)
         lines = np.unique(chips.lines(), return_inverse=True)[1]
@@ -65,13 +67,14 @@ class Pulser:
             loads = LineLoads(io, chips.keys)
             order = [loads.names.index(name) for name in np.unique(chips.lines()).tolist()]
             self._pause = float(np.max(hits / (_LOAD * loads.capacity[order])))
+        self._pause = max(self._pause, _PAUSE * len(self._groups))
 
     def send(self, amplitude: int, pulses: int) -> Pulses:
         """Send pulses of `amplitude` DAC counts and measure their hits."""
         chips = self._chips
 
         def act() -> None:
-            chips.pulse(HIGH, HIGH - amplitude, pulses, max(_PAUSE, self._pause), self._part)
+            chips.pulse(HIGH, HIGH - amplitude, pulses, self._pause, self._groups)
 
         measured = collect(chips.controller, chips.keys, _WAIT + self._pause, act=act)
         shape = len(chips), chips.channels
@@ -80,6 +83,23 @@ class Pulser:
         _, mean, std = moments(hits[_of_pulses(hits, shape)], shape)
         full = np.isin(chips.lines(), measured.saturated)[:, None]
         return Pulses(pulses, n, mean, std, full, measured.left_out, measured.saturated)
+
+
+def _groups(lines: list[str], part: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+    """Return groups of the chips in `part`, each with chips of all lines, as flags of shape (chips,)."""
+    chips = np.flatnonzero(part).tolist()
+    ranks: dict[str, int] = {}
+    order = []
+    for chip in chips:
+        ranks[lines[chip]] = ranks.get(lines[chip], 0) + 1
+        order.append((ranks[lines[chip]], chip))
+    ordered = [chip for _, chip in sorted(order)]
+    groups = []
+    for start in range(0, len(ordered), _TOGETHER):
+        group = np.zeros(len(part), np.bool_)
+        group[ordered[start : start + _TOGETHER]] = True
+        groups.append(group)
+    return groups or [part]
 
 
 def _of_pulses(hits: NDArray[Any], shape: tuple[int, int]) -> NDArray[np.bool_]:
