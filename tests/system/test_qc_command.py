@@ -93,6 +93,18 @@ def test_an_interruption_of_a_ramp_leaves_the_tile_off(tile, tmp_path):
     assert status["tiles"] == []
 
 
+def test_an_interruption_of_the_discovery_resets_the_chips(tile, tmp_path):
+    operator, core = tile
+    with command(core, tmp_path) as process:
+        lines_until(process, "tiles are found")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=SLOW)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "interrupted; chips: power-up configuration, by a reset" in errors.decode()
+    found = operator.discover_network(str(tmp_path / "again.json"), tiles=0, shape=SHAPE, reset=False).result(SLOW)
+    assert found["chips"] == 3, "the chips can be discovered without another reset"
+
+
 def test_a_discovery_as_a_routine_and_its_tile_in_the_report(tile, tmp_path):
     operator, _ = tile
     operator.power(True, tiles=[0], vdda_dac=46000, vddd_dac=31000).result(LIMIT)
