@@ -9,13 +9,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 from processes import until, wait_for_line
 
-PAGE = (Path(__file__).parents[2] / "docs" / "quickstart.md").read_text()
+SOURCES = Path(__file__).parents[2]
+PAGE = (SOURCES / "docs" / "quickstart.md").read_text()
 #: Seconds for one command of the page.
 LIMIT = 60.0
 #: Beginning of the commands of a shell in a network, process tree and /dev/shm of its own.
@@ -66,11 +66,12 @@ class Shell:
 def _install(folder: Path) -> None:
     """Make the programs of larpix-daq, which run the tested package, also where it is used without an installation."""
     folder.mkdir()
-    for program in entry_points(group="console_scripts"):
-        if program.name.startswith("larpixdaq"):
-            script = folder / program.name
-            script.write_text(f"#!{sys.executable}\nimport sys\nfrom {program.module} import main\nsys.exit(main())\n")
-            script.chmod(0o755)
+    for name, module in re.findall(
+        r'^(larpixdaq[\w-]*) = "([\w.]+):main"$', (SOURCES / "pyproject.toml").read_text(), re.M
+    ):
+        script = folder / name
+        script.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import main\nsys.exit(main())\n")
+        script.chmod(0o755)
 
 
 @pytest.fixture
