@@ -1,6 +1,6 @@
-"""Pack rows into HDF5 chunks with byte shuffle and deflate, undo the shuffle, and count rows by kind."""
+"""Pack rows into HDF5 chunks with byte shuffle and deflate, make rows of shuffled bytes, and count rows by kind."""
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
@@ -27,6 +27,10 @@ cdef enum:
     # Bytes between two planes, because a chunk has 2^n rows, and planes exactly 2^n bytes apart share lines of the
     # first-level cache.
     PLANE_GAP = 64
+    # Bytes of a gathered row.
+    WIDEST = 4096
+
+cdef uint64_t ALL_CHOSEN = 0x0101010101010101
 
 ctypedef fused Row:
     Row24
@@ -63,8 +67,23 @@ cdef extern from *:
         _Pragma("GCC unroll 16")
         for (int i = 0; i < 16; i++) memcpy(out + i * column, &a[i], 16);
     }
+
+    /* The same from 16 planes anywhere: bytes `first` to `first` + 15 of each become a column of 16 rows, `row` bytes apart.
+       The rows are written in order, so that a row may overlap with the unused end of the row before. */
+    static inline void gather16(const uint8_t* const* planes, size_t first, uint8_t* out, size_t row) {
+        Bytes16 a[16], b[16];
+        _Pragma("GCC unroll 16")
+        for (int i = 0; i < 16; i++) memcpy(&a[i], planes[i] + first, 16);
+        interleave16(a, b);
+        interleave16(b, a);
+        interleave16(a, b);
+        interleave16(b, a);
+        _Pragma("GCC unroll 16")
+        for (int i = 0; i < 16; i++) memcpy(out + i * row, &a[i], 16);
+    }
     """
     void transpose16(const uint8_t* source, size_t row, uint8_t* out, size_t column) noexcept nogil
+    void gather16(const uint8_t* const* planes, size_t first, uint8_t* out, size_t row) noexcept nogil
 
 
 cdef void shuffle_rows(const uint8_t* source, uint8_t* out, size_t size, size_t rows, size_t stride) noexcept nogil:
@@ -82,27 +101,81 @@ cdef void shuffle_rows(const uint8_t* source, uint8_t* out, size_t size, size_t 
             out[column * stride + row] = source[row * size + column]
 
 
-cdef void unshuffle_rows(const uint8_t* planes, uint8_t* out, size_t size, size_t rows) noexcept nogil:
-    """Copy byte r of plane i to byte i of row r. Planes are `rows` bytes apart."""
-    cdef size_t even = rows - rows % 16 if size >= 16 else 0
-    cdef size_t row, column
+cdef size_t gather_rows(
+    const uint8_t** planes, size_t size, size_t rows, const uint8_t* chosen, uint8_t* out, size_t room
+) noexcept nogil:
+    """Write the chosen rows (NULL: all), whose bytes are in `size` planes; return their number. `out` has `room` bytes.
+
+    There are 16 planes at least, the last ones unused if `size` is smaller.
+    """
+    cdef uint8_t[16 * 256] square       # 16 rows, when not all of them are chosen or there is no room behind them
+    cdef size_t even = rows - rows % 16 if size <= 256 else 0
+    cdef size_t wide = max(size, <size_t>16)
+    cdef size_t row, column, i, step, made = 0
+    cdef uint8_t* to
+    cdef uint64_t low, high
+    cdef bint whole
     for row in range(0, even, 16):
+        whole = True
+        if chosen != NULL:
+            memcpy(&low, chosen + row, 8)
+            memcpy(&high, chosen + row + 8, 8)
+            if not low | high:
+                continue
+            whole = low == ALL_CHOSEN and high == ALL_CHOSEN
+        whole = whole and (made + 15) * size + wide <= room
+        to = out + made * size if whole else square
+        step = size if whole else wide
         column = 0
-        while column < size:
-            column = min(column, size - 16)     # as in shuffle_rows()
-            transpose16(planes + column * rows + row, rows, out + row * size + column, size)
+        while True:
+            gather16(planes + column, row, to + column, step)
             column += 16
+            if column >= size:
+                break
+            column = min(column, size - 16)     # the last 16 columns may overlap: written twice, with equal bytes
+        if whole:
+            made += 16
+            continue
+        for i in range(16):
+            if chosen == NULL or chosen[row + i]:
+                memcpy(out + made * size, square + i * wide, size)
+                made += 1
     for row in range(even, rows):
-        for column in range(size):
-            out[row * size + column] = planes[column * rows + row]
+        if chosen == NULL or chosen[row]:
+            for column in range(size):
+                out[made * size + column] = planes[column][row]
+            made += 1
+    return made
 
 
-def unshuffle(const uint8_t[::1] planes, size_t itemsize, uint8_t[::1] rows):
-    if not itemsize or planes.shape[0] != rows.shape[0] or <size_t>planes.shape[0] % itemsize:
-        raise ValueError(f"unshuffle: {planes.shape[0]} bytes of planes, {rows.shape[0]} of rows of {itemsize} bytes")
-    if planes.shape[0]:
+def gather(
+    const uint8_t[::1] planes, size_t rows, const int32_t[::1] columns, uint8_t[::1] out,
+    const uint8_t[::1] chosen=None,
+):
+    cdef const uint8_t* places[WIDEST]
+    cdef const uint8_t* wanted = NULL
+    cdef size_t size = columns.shape[0], n = rows, i, made = 0
+    if not rows or not 1 <= size <= WIDEST or <size_t>planes.shape[0] % rows:
+        raise ValueError(f"gather: {planes.shape[0]} bytes of planes of {rows} rows, {size} bytes of a row are wanted")
+    if chosen is not None:
+        if <size_t>chosen.shape[0] != rows:
+            raise ValueError(f"gather: {rows} rows, {chosen.shape[0]} of them are chosen or not")
+        n = 0
+        wanted = &chosen[0]
+        for i in range(rows):
+            n += wanted[i] != 0
+    if <size_t>out.shape[0] < n * size:
+        raise ValueError(f"gather: {n} rows of {size} bytes are chosen, there is room for {out.shape[0]} bytes")
+    for i in range(size):
+        if not 0 <= columns[i] < <Py_ssize_t>(<size_t>planes.shape[0] // rows):
+            raise ValueError(f"gather: plane {columns[i]} of {<size_t>planes.shape[0] // rows}")
+        places[i] = &planes[0] + columns[i] * rows
+    for i in range(size, 16):
+        places[i] = places[0]
+    if n:
         with nogil:
-            unshuffle_rows(&planes[0], &rows[0], itemsize, <size_t>planes.shape[0] // itemsize)
+            made = gather_rows(places, size, rows, wanted, &out[0], <size_t>out.shape[0])
+    return made
 
 
 @cython.final

@@ -1,4 +1,4 @@
-"""Pack rows into HDF5 chunks with byte shuffle and deflate, undo the shuffle, and count rows by kind."""
+"""Pack rows into HDF5 chunks with byte shuffle and deflate, make rows of shuffled bytes, and count rows by kind."""
 
 from typing import final
 
@@ -26,8 +26,15 @@ class Packer:
     def pack(self, chunk: NDArray[np.uint8]) -> bytes:
         """Return the chunk's rows shuffled and deflated (zlib format), from their bytes. Releases the GIL."""
 
-def unshuffle(planes: NDArray[np.uint8], itemsize: int, rows: NDArray[np.uint8]) -> None:
-    """Undo the byte shuffle: write the rows of `itemsize` bytes whose bytes are in `planes`, one plane after the other.
+def gather(
+    planes: NDArray[np.uint8],
+    rows: int,
+    columns: NDArray[np.int32],
+    out: NDArray[np.uint8],
+    chosen: NDArray[np.uint8] | None = None,
+) -> int:
+    """Write rows whose bytes are in shuffled planes of `rows` bytes each; return the number of rows written.
 
-    Both have the same length. Releases the GIL.
+    `columns`: the plane of each byte of a row of `out`, at most 4096. `chosen`: 1 for each row that is wanted, else 0;
+    None: all rows. ValueError if `out` has no room for them. Releases the GIL.
     """

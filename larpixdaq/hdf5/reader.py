@@ -7,6 +7,7 @@ longer than its space in the file, or that has its data elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import os
@@ -22,9 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq import schema
+from larpixdaq._native.hdf5_chunks import gather
 from larpixdaq.errors import ChecksumError, FileError, cause
 from larpixdaq.hdf5 import layout, names, repair
-from larpixdaq.protocol.packed_rows import unpack_chunk
+from larpixdaq.hdf5.row_reader import Columns, RowFilter, RowReader, in_order
+from larpixdaq.protocol.packed_rows import inflate
 from larpixdaq.protocol.reports import Comment
 from larpixdaq.protocol.stream import BlockOrigin, ConnectedBoard
 from larpixdaq.runtime.file_access import check_link, open_regular
@@ -126,45 +129,30 @@ class DataFile:
         """Read rows `start` to `stop`, shape (N,), with the file's own dtype."""
         stop = self.rows if stop is None else stop
         name = f"/packets, rows {start} to {stop},"
-        return self._guard(name, lambda: self._read_rows(start, min(stop, int(self._packets.shape[0]))))
+        return self._guard(name, lambda: self.reader.read(start, min(stop, int(self._packets.shape[0]))))
 
     @cached_property
-    def _is_packed(self) -> bool:
-        """Whether the rows are in shuffled and deflated chunks, and nothing else was done to them."""
-        properties = self._packets.id.get_create_plist()
-        filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
-        return self._packets.chunks is not None and filters == [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE]
+    def reader(self) -> RowReader:
+        """What reads the rows, for callers that want only some of them."""
+        return self._guard("/packets", lambda: RowReader(self._packets))
 
-    def _read_rows(self, start: int, stop: int) -> NDArray[Any]:
-        """Read rows: whole chunks without HDF5's filters, which is four times as fast."""
-        size = self._packets.chunks[0] if self._is_packed else 0
-        if not size or start % size:
-            return np.asarray(self._packets[start:stop])
-        rows = np.empty(max(0, stop - start), self.dtype)
-        for first in range(start, stop, size):
-            chunk = rows[first - start : first - start + size]
-            data = self._direct_chunk(first) if len(chunk) == size else None
-            if data is None:
-                chunk[:] = self._packets[first : first + len(chunk)]
-                continue
-            try:
-                unpack_chunk(data, chunk.view(np.uint8), self.dtype.itemsize)
-            except ChecksumError as error:
-                raise OSError(str(error)) from None
-        return rows
-
-    def _direct_chunk(self, first: int) -> Any:
-        """Read a chunk as it is in the file; None when HDF5 must read it, because a filter was left out."""
-        try:
-            skipped, data = self._packets.id.read_direct_chunk((first,))
-        except (OSError, RuntimeError, ValueError):
-            return None
-        return None if skipped else data
+    def select(
+        self,
+        start: int,
+        stop: int,
+        columns: Columns,
+        chosen: RowFilter | None = None,
+        stretches: Sequence[tuple[int, int]] | None = None,
+        first: int = 0,
+    ) -> NDArray[Any]:
+        """Read columns of some of the rows `start` to `stop`, as RowReader.read(). In any thread."""
+        name = f"/packets, rows {start} to {stop},"
+        return self._guard(name, lambda: self.reader.read(start, stop, columns, chosen, stretches, first))
 
     def pieces(self) -> Iterator[NDArray[Any]]:
-        """Read all rows, four chunks at a time."""
-        for start in range(0, self.rows, PIECE_ROWS):
-            yield self.packets(start, start + PIECE_ROWS)
+        """Read all rows, four chunks at a time; threads read the next ones meanwhile."""
+        starts = range(0, self.rows, PIECE_ROWS)
+        return (rows for _, rows in in_order(lambda start: self.packets(start, start + PIECE_ROWS), starts))
 
     def chunk(self, first: int) -> NDArray[np.uint8]:
         """Read the chunk of schema.CHUNK_ROWS rows that begins at row `first`; return the bytes of the rows.
@@ -181,9 +169,10 @@ class DataFile:
         try:
             if mask:
                 raise ChecksumError(f"{len(stored)} bytes with filters left out ({mask:#x})")
-            unpack_chunk(stored, rows, itemsize, zlib)  # the library by which HDF5 reads
+            planes, _ = inflate(stored, size, zlib)  # the library by which HDF5 reads
         except ChecksumError as error:
             raise FileError(f"{self.path}: {name} cannot be read: {error}") from None
+        gather(np.frombuffer(planes, np.uint8), schema.CHUNK_ROWS, np.arange(itemsize, dtype=np.int32), rows)
         return rows
 
     def refresh(self) -> None:
@@ -316,15 +305,21 @@ def open_hdf5(path: Path) -> h5py.File:
     """Open an HDF5 file for reading: as a growing file (SWMR) only while its writer may live.
 
     In SWMR mode HDF5 reads damaged metadata 100 times before it gives up, which takes two minutes for each. So all
-    other files are opened plainly, and the part of a dead writer with the superblock of a closed file. FileError or an
-    exception of h5py when it cannot be opened.
+    other files are opened plainly, and the part of a dead writer with the superblock of a closed file. HDF5's
+    lock of a part is released at once, because it would keep a recovery from opening it. FileError or an exception of
+    h5py when it cannot be opened.
     """
     repair.check_heaps(path)
     if not h5py.is_hdf5(path):
         raise FileError(f"cannot open {path}: it is not an HDF5 file")
     superblock = repair.growing_superblock(path)
-    if superblock is None or not path.name.endswith(names.PART) or may_be_written(path):
-        return layout.open_file(path, "r", swmr=superblock is not None)
+    is_part = path.name.endswith(names.PART)
+    if superblock is None or not is_part or may_be_written(path):
+        file = layout.open_file(path, "r", swmr=superblock is not None)
+        if is_part:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file.id.get_vfd_handle(), fcntl.LOCK_UN)
+        return file
     part = _AbandonedPart(path, superblock)
     try:
         return h5py.File(part, "r")

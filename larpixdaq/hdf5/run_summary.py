@@ -13,6 +13,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -28,6 +29,7 @@ from larpixdaq.hdf5.board_clocks import BoardClocks, Clock
 from larpixdaq.hdf5.ledger import OPEN, rows_made
 from larpixdaq.hdf5.reader import DataFile, may_be_written
 from larpixdaq.hdf5.recordings import chip_generation, copy_columns
+from larpixdaq.hdf5.row_reader import in_order
 from larpixdaq.hdf5.run_report import judge_run, verdict_lines
 from larpixdaq.schema import Asic, PacketType
 
@@ -593,14 +595,12 @@ class _Reading:
                 times.count_rows(self._rows, self._width)
                 joined = False
                 last = -1
-                for start, stop in units:
+                for (start, stop), rows in in_order(partial(_read_unit, file), units):
                     joined = joined and start == last
                     last = stop
-                    try:
-                        rows = file.packets(start, stop)
-                    except FileError as error:
+                    if isinstance(rows, FileError):
                         self._unreadable += stop - start
-                        self._note(str(error))
+                        self._note(str(rows))
                         joined = False
                         continue
                     self._summary.rows_read += len(rows)
@@ -954,6 +954,13 @@ class _RowTimes:
         ranks[np.argsort(which, kind="stable")] = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
         found[~((found > 0) & (found < 1 << 33))] = np.nan
         return np.asarray(found[which] - self._base / 1e9 + (ranks + 0.5) / counts[which], np.float64)
+
+
+def _read_unit(file: DataFile, unit: tuple[int, int]) -> NDArray[Any] | FileError:
+    try:
+        return file.packets(*unit)
+    except FileError as error:
+        return error
 
 
 def _chosen_units(part: _Part, fraction: float) -> list[tuple[int, int]]:

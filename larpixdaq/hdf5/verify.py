@@ -24,6 +24,7 @@ from larpixdaq.hdf5.ledger import describe_group, describe_origin
 from larpixdaq.hdf5.raw_file import verify_raw
 from larpixdaq.hdf5.reader import PIECE_ROWS, DataFile
 from larpixdaq.hdf5.recordings import chip_generation, copy_columns
+from larpixdaq.hdf5.row_reader import in_order
 from larpixdaq.hdf5.run_report import RunReport
 from larpixdaq.protocol.packed_rows import new_tally
 from larpixdaq.protocol.stream import BlockOrigin
@@ -291,13 +292,16 @@ def _verify_foreign(file: DataFile, findings: Findings, notes: list[str]) -> Non
     if parity.unchecked_reason:
         checked = f"structure was checked, parity was not: {parity.unchecked_reason}"
     notes.append(f"no ledger: the file was not written by larpix-daq; only {checked}")
-    first = 0
     column = schema.type_column(file.dtype)
-    for rows in file.pieces():
-        if odd := int(np.count_nonzero(rows[column] > schema.PacketType.TRIGGER)):
+
+    def check(first: int) -> tuple[int, ParityCounts]:
+        rows = file.packets(first, first + PIECE_ROWS)
+        return int(np.count_nonzero(rows[column] > schema.PacketType.TRIGGER)), parity.count(rows, first)
+
+    for first, (odd, counts) in in_order(check, range(0, file.rows, PIECE_ROWS)):
+        if odd:
             findings.add(f"/packets, rows from {first}: {odd} with an unknown packet type")
-        parity.add(rows, first)
-        first += len(rows)
+        parity.add(counts)
     parity.close(findings.add, notes.append)
 
 
@@ -311,49 +315,83 @@ def _check_blocks(
     row = 0
     counter = -1
     messages = file.length("messages")
-    for group in block_groups(file):
-        first = row
-        for block in group:
-            if int(block["first_row"]) != row or int(block["rows"]) > constants.BLOCK_ROWS:
-                finding(
-                    f"/run/blocks: block {block['sequence']} of {block['rows']} rows is at row"
-                    f" {block['first_row']}, expected row {row}; what follows is not checked"
+
+    def possible() -> Iterator[NDArray[Any]]:
+        nonlocal row
+        for group in block_groups(file):
+            stop = row
+            for block in group:
+                if int(block["first_row"]) != stop or int(block["rows"]) > constants.BLOCK_ROWS:
+                    refusal.append(
+                        f"/run/blocks: block {block['sequence']} of {block['rows']} rows is at row"
+                        f" {block['first_row']}, expected row {stop}; what follows is not checked"
+                    )
+                    return
+                stop += int(block["rows"])
+            if stop > file.rows:
+                refusal.append(
+                    f"/run/blocks reaches to row {stop}, /packets has {file.rows}; what follows is not checked"
                 )
                 return
-            row += int(block["rows"])
-        if row > file.rows:
-            finding(f"/run/blocks reaches to row {row}, /packets has {file.rows}; what follows is not checked")
-            return
-        try:
-            rows = file.packets(first, row)
-        except FileError as error:
-            finding(str(error))
+            row = stop
+            yield group
+
+    refusal: list[str] = []
+    for group, checked in in_order(lambda group: _check_group(file, group, parity), possible()):
+        if isinstance(checked, FileError):
+            finding(str(checked))
             for block in group:
-                ledger_check.block(block, None)
+                ledger_check.block(block)
             continue
-        if file.layout is not None:
-            counter = _check_messages(rows, counter, messages, first, finding)
-            parity.add(rows, first)
-        data = rows.view(np.uint8).reshape(-1, file.dtype.itemsize)
-        for block in group:
-            _check_block(block, data, first, ledger_check, finding)
-    if row != file.rows:
+        first = int(group["first_row"][0])
+        counter = _check_messages(checked.counters, counter, messages, first, finding)
+        parity.add(checked.parity)
+        for block, crc in zip(group, checked.crcs, strict=True):
+            if crc != block["crc32"]:
+                finding(
+                    f"/packets, rows {block['first_row']} to {block['first_row'] + block['rows']}: expected CRC-32"
+                    f" {block['crc32']:08x}, found {crc:08x}"
+                )
+            ledger_check.block(block)
+        for (producer, epoch), tally in checked.tallies.items():
+            ledger_check.count(producer, epoch, tally)
+    if refusal:
+        finding(refusal[0])
+    elif row != file.rows:
         finding(f"/run/blocks covers {row} rows, /packets has {file.rows}")
 
 
-def _check_block(
-    block: Any, data: NDArray[np.uint8], first: int, ledger_check: LedgerCheck, finding: Callable[[str], None]
-) -> None:
-    """Compare the CRC-32 of a block, and count its rows. `data`: bytes of rows of the file, from row `first` on."""
-    start = int(block["first_row"]) - first
-    rows = data[start : start + int(block["rows"])].reshape(-1)
-    crc = crc32(rows)
-    if crc != block["crc32"]:
-        finding(
-            f"/packets, rows {block['first_row']} to {block['first_row'] + block['rows']}: expected CRC-32"
-            f" {block['crc32']:08x}, found {crc:08x}"
-        )
-    ledger_check.block(block, rows)
+class _CheckedGroup(NamedTuple):
+    """What the rows of some blocks are."""
+
+    crcs: list[int]  # CRC-32 of each block
+    tallies: dict[tuple[int, int], NDArray[np.uint64]]  # (producer, epoch) -> counts of rows
+    parity: ParityCounts
+    counters: NDArray[Any]  # numbers of the lines in rows of messages
+
+
+def _check_group(file: DataFile, group: NDArray[Any], parity: ParityCheck) -> _CheckedGroup | FileError:
+    """Read the rows of blocks that follow each other, and check what needs no other rows. In any thread."""
+    first, stop = int(group["first_row"][0]), int(group["first_row"][-1]) + int(group["rows"][-1])
+    try:
+        rows = file.packets(first, stop)
+    except FileError as error:
+        return error
+    data = rows.view(np.uint8).reshape(-1, file.dtype.itemsize)
+    crcs, tallies = [], {}
+    for block in group:
+        start = int(block["first_row"]) - first
+        part = data[start : start + int(block["rows"])].reshape(-1)
+        crcs.append(crc32(part))
+        if file.layout is not None:
+            key = int(block["producer"]), int(block["epoch"])
+            if key not in tallies:
+                tallies[key] = new_tally()
+            hdf5_chunks.tally(part, file.layout.code, tallies[key])
+    if file.layout is None:
+        return _CheckedGroup(crcs, {}, ParityCounts(), np.zeros(0, np.int64))
+    counters = rows["counter"][schema.types_of(rows) == schema.PacketType.MESSAGE].astype(np.int64)
+    return _CheckedGroup(crcs, tallies, parity.count(rows, first), counters)
 
 
 def damaged_chunks(path: Path, rest: Callable[[float], bool]) -> list[str] | None:
@@ -386,9 +424,10 @@ def block_groups(file: DataFile) -> Iterator[NDArray[Any]]:
         yield from np.split(blocks, np.flatnonzero(np.diff(pieces)) + 1)
 
 
-def _check_messages(rows: NDArray[Any], last: int, messages: int, first: int, finding: Callable[[str], None]) -> int:
+def _check_messages(
+    counters: NDArray[Any], last: int, messages: int, first: int, finding: Callable[[str], None]
+) -> int:
     """Check that rows of messages refer to lines of /messages, in order. Returns the last counter."""
-    counters = rows["counter"][schema.types_of(rows) == schema.PacketType.MESSAGE].astype(np.int64)
     if not len(counters):
         return last
     if counters.max() >= messages:
@@ -427,14 +466,16 @@ class LedgerCheck:
             self._checks[origin] = _OriginCheck(self._positions.get(origin, (0, 0))[0])
         return self._checks[origin]
 
-    def block(self, row: Any, data: NDArray[np.uint8] | None) -> None:
-        """Count a block: its row of /run/blocks, and the bytes of its rows; None when they cannot be read."""
+    def block(self, row: Any) -> None:
+        """Check the sequence of a block, by its row of /run/blocks."""
         origin = self._file.origin(row)
         check = self._check(origin)
         self._advance(origin, check, int(row["sequence"]))
         check.expected += 1
-        if data is not None and self._file.layout is not None:
-            hdf5_chunks.tally(data, self._file.layout.code, check.tally)
+
+    def count(self, producer: int, epoch: int, tally: NDArray[np.uint64]) -> None:
+        """Add the counts of rows of an origin, as of hdf5_chunks.tally()."""
+        self._check(self._file.origin({"producer": producer, "epoch": epoch})).tally += tally
 
     def _advance(self, origin: BlockOrigin, check: _OriginCheck, sequence: int) -> None:
         expected, check.expected = check.expected, sequence
@@ -514,8 +555,23 @@ class LedgerCheck:
                 self._finding(f"{where}: the ledger says {counts[name]} {name}, the file has {tally[name]}")
 
 
+class ParityCounts(NamedTuple):
+    """What the parity of the words in some rows is."""
+
+    wrong: int = 0  # rows whose column valid_parity contradicts their word
+    first: int = -1  # the first of them
+    bad: int = 0  # words with wrong parity
+    words: int = 0
+    unchecked: int = 0  # words that are not whole in their rows
+
+    def plus(self, other: ParityCounts) -> ParityCounts:
+        """Return the sum; `other` is of later rows."""
+        sums = (one + more for one, more in zip(self, other, strict=True))
+        return ParityCounts(*sums)._replace(first=other.first if self.first < 0 else self.first)
+
+
 class ParityCheck:
-    """Checks the parity of all words of a file, whose rows are added in order.
+    """Checks the parity of all words of a file, whose rows are counted in any thread, and added in order.
 
     `unchecked_reason`: why its columns do not allow that; empty when they do.
     """
@@ -529,56 +585,58 @@ class ParityCheck:
         #: Layout 2.3 of larpix-control has 8 of the 12 bits of this column, which fifo diagnostics words need.
         self._whole_events = self._own_layout or _holds(file.dtype, schema.PACKETS_2_4, "shared_fifo_events")
         self.unchecked_reason = "" if self._own_layout else _missing_columns(file.dtype, self._dtype)
-        self._wrong = 0  # rows whose column valid_parity contradicts their word
-        self._first = -1  # the first of them
-        self._bad = 0  # words with wrong parity
-        self._words = 0
-        self._unchecked = 0  # words that are not whole in their rows
+        self._counts = ParityCounts()
 
-    def add(self, rows: NDArray[Any], first: int) -> None:
+    def add(self, counts: ParityCounts) -> None:
+        self._counts = self._counts.plus(counts)
+
+    def count(self, rows: NDArray[Any], first: int) -> ParityCounts:
         """Check rows of the file, from row `first` on."""
+        counts = ParityCounts()
         if self.unchecked_reason:
-            return
+            return counts
         if not self._own_layout:
             given, rows = rows, np.zeros(len(rows), self._dtype)
             copy_columns(given, rows)
         if self._asic != schema.Asic.V2:
-            self._check(rows, self._asic, first)
-            return
+            return self._check(rows, self._asic, first)
         modes = rows["fifo_diagnostics_enabled"] != 0
         # A chip's mode changes rarely, so that stretches of one mode, almost always a single one, need no copies.
         ends = [*(np.flatnonzero(modes[1:] != modes[:-1]) + 1), len(rows)]
         start = 0
         for end in ends:
             asic = schema.Asic.V2_DIAGNOSTICS if end > start and modes[start] else schema.Asic.V2
-            self._check(rows[start:end], asic, first + start)
+            counts = counts.plus(self._check(rows[start:end], asic, first + start))
             start = end
+        return counts
 
-    def _check(self, rows: NDArray[Any], asic: schema.Asic, first: int) -> None:
-        indices = np.flatnonzero(schema.types_of(rows) <= schema.PacketType.CONFIG_READ)
-        words = word_codec.encode(rows, asic=asic)
+    def _check(self, rows: NDArray[Any], asic: schema.Asic, first: int) -> ParityCounts:
+        types = schema.types_of(rows)
+        is_word = types <= schema.PacketType.CONFIG_READ
         if asic == schema.Asic.V2_DIAGNOSTICS and not self._whole_events:
-            self._unchecked += len(indices)
-            return
-        if self._data_only:
-            data = schema.types_of(rows)[indices] == schema.PacketType.DATA
-            self._unchecked += int(np.count_nonzero(~data))
-            indices, words = indices[data], words[data]
+            return ParityCounts(unchecked=int(np.count_nonzero(is_word)))
+        words = word_codec.encode(rows, asic=asic)
         valid = word_codec.parity(words, asic=asic) == words
-        wrong = indices[valid != (rows["valid_parity"][indices] == 1)]
-        if len(wrong):
-            self._first = first + int(wrong[0]) if self._first < 0 else self._first
-            self._wrong += len(wrong)
-        self._bad += int(np.count_nonzero(~valid))
-        self._words += len(words)
+        recorded = rows["valid_parity"] == 1
+        unchecked = 0
+        if self._data_only:
+            data = types == schema.PacketType.DATA
+            unchecked = int(np.count_nonzero(is_word & ~data))
+            valid, is_word = valid[data[is_word]], is_word & data
+        if len(valid) < len(rows):
+            recorded = recorded[is_word]
+        wrong = np.flatnonzero(valid != recorded)
+        place = first + int(np.flatnonzero(is_word)[wrong[0]]) if len(wrong) else -1
+        return ParityCounts(len(wrong), place, int(np.count_nonzero(~valid)), len(valid), unchecked)
 
     def close(self, finding: Callable[[str], None], note: Callable[[str], None]) -> None:
-        if self._wrong:
-            finding(f"{self._wrong} rows, the first is {self._first}: valid_parity is not what their bits say")
-        if self._bad:
-            note(f"{self._bad} of {self._words} words have wrong parity")
-        if self._unchecked:
-            note(f"parity of {self._unchecked} words was not checked: the columns do not hold all of their bits")
+        counts = self._counts
+        if counts.wrong:
+            finding(f"{counts.wrong} rows, the first is {counts.first}: valid_parity is not what their bits say")
+        if counts.bad:
+            note(f"{counts.bad} of {counts.words} words have wrong parity")
+        if counts.unchecked:
+            note(f"parity of {counts.unchecked} words was not checked: the columns do not hold all of their bits")
 
 
 def _missing_columns(given: np.dtype[Any], wanted: np.dtype[Any]) -> str:

@@ -16,7 +16,7 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from larpixdaq import schema
-from larpixdaq._native.hdf5_chunks import TALLY, Packer, tally, unshuffle
+from larpixdaq._native.hdf5_chunks import TALLY, Packer, gather, tally
 from larpixdaq.constants import BLOCK_ROWS, IO_GROUPS
 from larpixdaq.errors import ChecksumError, ProtocolError
 from larpixdaq.runtime.record_file import crc32, zlib_library
@@ -104,20 +104,28 @@ class PackedRows(NamedTuple):
         return out.view(layout.dtype)
 
 
-def unpack_chunk(packed: Any, out: NDArray[np.uint8], itemsize: int, library: Any = zlib_library) -> None:
-    """Unpack rows of `itemsize` bytes into `out`, which they fill, with zlib or isal. ChecksumError if they are
-    damaged."""
+def inflate(packed: Any, size: int, library: Any = zlib_library) -> tuple[bytes, int]:
+    """Inflate `size` bytes with zlib or isal; return them, and the number of bytes after the deflated data.
+
+    ChecksumError if there are more or fewer, or if they are damaged.
+    """
     decoder = library.decompressobj()
     try:
-        planes = decoder.decompress(packed, len(out) + 1)
+        data: bytes = decoder.decompress(packed, size + 1)
     except library.error as error:
         raise ChecksumError(f"packed rows: {error}") from None
-    if len(planes) != len(out) or not decoder.eof or decoder.unused_data:
-        raise ChecksumError(
-            f"packed rows: expected {len(out)} bytes, found {len(planes)}{'' if decoder.eof else ' or more'}, and "
-            f"{len(decoder.unused_data)} bytes after them"
-        )
-    unshuffle(np.frombuffer(planes, np.uint8), itemsize, out)
+    if len(data) != size or not decoder.eof:
+        raise ChecksumError(f"packed rows: expected {size} bytes, found {len(data)}{'' if decoder.eof else ' or more'}")
+    return data, len(decoder.unused_data)
+
+
+def unpack_chunk(packed: Any, out: NDArray[np.uint8], itemsize: int) -> None:
+    """Unpack rows of `itemsize` bytes into `out`, which they fill. ChecksumError if they are damaged."""
+    planes, more = inflate(packed, len(out))
+    if more:
+        raise ChecksumError(f"packed rows: {more} bytes after them")
+    if len(out):
+        gather(np.frombuffer(planes, np.uint8), len(out) // itemsize, np.arange(itemsize, dtype=np.int32), out)
 
 
 class RowPacker:

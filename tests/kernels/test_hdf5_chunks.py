@@ -122,6 +122,45 @@ def test_packer_rejects_wrong_sizes_and_dtypes():
         packer.pack(np.zeros(36, np.uint16))
 
 
+@settings(max_examples=examples(200))
+@given(data=st.data())
+def test_rows_are_gathered_from_planes_like_by_numpy(data):
+    """Any columns of any rows, with no room to spare, and nothing is written behind the rows."""
+    size, rows = data.draw(st.integers(1, 60), "size"), data.draw(st.integers(1, 300), "rows")
+    wide = data.draw(st.booleans(), "wide")
+    rng = np.random.default_rng(data.draw(st.integers(0, 99), "seed"))
+    planes = rng.integers(0, 256, (size, rows), dtype=np.uint8)
+    columns = rng.integers(0, size, 300 if wide else data.draw(st.integers(1, 50), "columns")).astype(np.int32)
+    share = data.draw(st.sampled_from([None, 0.0, 0.1, 0.9, 1.0]), "share")
+    chosen = None if share is None else (rng.random(rows) < share).astype(np.uint8)
+    expected = planes[columns].T if chosen is None else planes[columns].T[chosen == 1]
+    room = data.draw(st.sampled_from([0, 1, 5000]), "room")
+    out = np.full(expected.size + room, 7, np.uint8)
+    assert hdf5_chunks.gather(planes.reshape(-1), rows, columns, out, chosen) == len(expected)
+    assert np.array_equal(out[: expected.size], expected.reshape(-1))
+    tail = out[expected.size :]
+    assert len(tail) == room
+    if room < 16:  # further bytes may be used
+        assert (tail == 7).all()
+
+
+def test_gather_rejects_what_does_not_fit():
+    planes, columns, out = np.zeros(30, np.uint8), np.arange(3, dtype=np.int32), np.zeros(30, np.uint8)
+    for arguments, line in (
+        ((planes, 0, columns, out), "30 bytes of planes of 0 rows"),
+        ((planes, 7, columns, out), "30 bytes of planes of 7 rows"),
+        ((planes, 10, columns[:0], out), "0 bytes of a row are wanted"),
+        ((planes, 10, np.zeros(4097, np.int32), out), "4097 bytes of a row"),
+        ((planes, 10, columns, out[1:]), "10 rows of 3 bytes are chosen, there is room for 29 bytes"),
+        ((planes, 10, columns + 1, out), "plane 3 of 3"),
+        ((planes, 10, columns - 1, out), "plane -1 of 3"),
+        ((planes, 10, columns, out, np.ones(9, np.uint8)), "10 rows, 9 of them"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            hdf5_chunks.gather(*arguments)
+    assert hdf5_chunks.gather(planes, 10, columns, out[:0], np.zeros(10, np.uint8)) == 0
+
+
 @pytest.mark.parametrize("layout", schema.LAYOUTS, ids=lambda layout: layout.name)
 @settings(max_examples=examples(25))
 @given(rows=st.integers(0, 200), seed=st.integers(0, 2**32), run=st.sampled_from([1, 30]))

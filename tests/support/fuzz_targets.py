@@ -26,7 +26,7 @@ import numpy as np
 from file_builder import Feed, random_rows, run_info
 from zmq.utils import z85
 
-from larpixdaq import constants, metrics, schema
+from larpixdaq import constants, metrics, open_run, schema
 from larpixdaq._native import board_emulator, decoders, hdf5_chunks, monitor_counters, word_codec
 from larpixdaq._native.ring_buffer import END, SMALLEST
 from larpixdaq.buffer.block_builder import BlockBuilder
@@ -674,6 +674,7 @@ def inspect(path: Path) -> None:
                 file.table(name)
         for _ in file.pieces():
             pass
+    read_run(path)
     for rows in (100, 1 << 30):
         with documented(FileError):
             summary = summarise(path, rows=rows)
@@ -686,6 +687,23 @@ def inspect(path: Path) -> None:
     positions(path.parent, warnings=warnings)
     assert all(line and "\n" not in line for line in warnings)
     survey_run(path.parent, 42)
+
+
+def read_run(path: Path) -> None:
+    """Read the run of a file in every way."""
+    with documented(FileError), open_run(path) as run:
+        known = ("info", "condition", "reasons", "sources", "e_log", "texts", "configurations", "ledger", "verdicts")
+        for name in known:
+            with documented(FileError):
+                getattr(run, name)
+        for listed in (run.messages, run.blocks, lambda: run.gaps, lambda: run.configuration_changes, run.chunks):
+            with documented(FileError):
+                for _ in listed():
+                    pass
+        for selection in ({"chip": "1-17-3", "columns": "row"}, {"begin": 1_795_331_571}, {"packet_type": [0, 5]}):
+            with documented(FileError):
+                assert len(run.read(start=-1000, **selection)) <= 1000
+        run.refresh()
 
 
 def replay(path: Path) -> None:
@@ -739,6 +757,7 @@ def unfinished(data: bytes) -> None:
             journal_file.write(file.with_suffix(".journal"), given)
         warnings: list[str] = []
         positions(path, warnings=warnings)
+        read_run(file)
         with documented(FileError):
             prepare(file)
         recover_and_verify(file)

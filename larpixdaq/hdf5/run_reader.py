@@ -1,0 +1,935 @@
+"""Read a whole run, finished or growing: `open_run("run0000042_20261122T071251Z_000.h5")` or `open_run(42)`.
+
+The rows of a run are those of its parts, one part after the other. A part that is being written has blocks in
+/run/blocks, and further ones in its journal until their chunks are full. Both are stored for good, in this order, and
+nothing else counts here: rows after the last block in /run/blocks that only the part shows come again from the
+journal. So a row that was read keeps its number and its content while the run grows, and after a recovery.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from larpixdaq import constants
+from larpixdaq.constants import RunCondition
+from larpixdaq.errors import FileError, FormatError
+from larpixdaq.hdf5 import journal, ledger, names, repair, run_report, tables
+from larpixdaq.hdf5.layout import BLOCKS
+from larpixdaq.hdf5.reader import PIECE_ROWS, DataFile, comments, may_be_written, text
+from larpixdaq.hdf5.row_reader import THREADS, Chunk, Columns, RowFilter, Selection, in_order, take_rows
+from larpixdaq.hdf5.run_report import RunReport
+from larpixdaq.hdf5.tables import RunInfo
+from larpixdaq.protocol import stream
+from larpixdaq.protocol.reports import Comment
+from larpixdaq.protocol.stream import READ, SENT, BlockOrigin, ConnectedBoard
+from larpixdaq.runtime.units import parse_since
+from larpixdaq.schema import MESSAGE_BYTES, key_of
+
+#: Attempts to read journal and part at the same moment.
+_ATTEMPTS: Final = 20
+#: Maximum number of parts that stay open.
+_OPEN_PARTS: Final = 32
+#: Rows of /run/blocks that are read at once.
+_PAGE: Final = 65_536
+#: Seconds between two looks at a growing run.
+POLL: Final = 0.2
+_BLOCK_COLUMNS: Final = ("epoch", "sequence", "first_row", "rows", "first_ns", "last_ns")
+#: Conditions of a run whose storage may continue in another part.
+_UNFINISHED: Final = (RunCondition.RUNNING, RunCondition.CONTINUED, RunCondition.INTERRUPTED)
+Time = float | str | datetime
+Chip = str | tuple[int, int, int]
+
+
+class LedgerLine(NamedTuple):
+    """Counts of one io_group of a producer, from its end record. `stored`: rows in all parts.
+
+    `how`: kind of the end record; "open" without one: then only packets, bad_parity, dropped and stored are known.
+    """
+
+    producer: str
+    epoch: int
+    io_group: int
+    how: str
+    counts: dict[str, int]  # columns of /ledger/counts from `owed` on
+
+    @property
+    def stored(self) -> int:
+        return self.counts["stored"]
+
+
+class Verdict(NamedTuple):
+    """Judgement on the data of an io_group before they reached the producer: complete, suspect or lost.
+
+    `lost`: minimum number of lost packets, 0: unknown. Times: unix ns, by the clock of the producer's host.
+    """
+
+    producer: str
+    epoch: int
+    io_group: int
+    verdict: str
+    why: str
+    lost: int
+    first_ns: int
+    last_ns: int
+
+
+class Gap(NamedTuple):
+    """Rows of an io_group that were counted, and found no room in the producer's ring and spool. Times: unix ns."""
+
+    producer: str
+    epoch: int
+    sequence: int  # of the block, or end, before which the rows are missing
+    io_group: int
+    rows: int
+    first_ns: int
+    last_ns: int
+
+
+class ChipConfiguration(NamedTuple):
+    """Registers of a chip: register -> value. `time_ns`: unix ns, by the clock of the producer's host."""
+
+    chip: str  # key, such as "1-2-11"
+    asic: str  # generation, as in --asic
+    producer: str
+    time_ns: int
+    sent: dict[int, int]
+    read: dict[int, int]
+
+    @property
+    def values(self) -> dict[int, int]:
+        """The value that was sent to each register, or read where none was sent."""
+        return self.read | self.sent
+
+    @property
+    def different(self) -> dict[int, tuple[int, int]]:
+        """Registers that have another value than was sent: the value sent, and the value read."""
+        both = sorted(self.sent.keys() & self.read.keys())
+        return {i: (self.sent[i], self.read[i]) for i in both if self.sent[i] != self.read[i]}
+
+
+class InfoLine(NamedTuple):
+    """A line of an INFO message: at most 64 bytes of its text. The text of a longer one continues in the next line."""
+
+    seconds: int  # unix s, by the clock of the producer's host
+    text: str
+
+
+class Block(NamedTuple):
+    """Rows that a producer sent together. `first_row`: in the run. Times: unix ns, by the clock of its host."""
+
+    producer: str
+    epoch: int
+    sequence: int
+    first_row: int
+    rows: int
+    first_ns: int
+    last_ns: int
+
+
+def open_run(
+    source: int | str | os.PathLike[str],
+    *,
+    directory: str | os.PathLike[str] = ".",
+    storage: str | None = None,
+    parts: bool = True,
+    missing_ok: bool = False,
+) -> Run:
+    """Open a run for reading, by its number, or by one of its files.
+
+    source: run number; or a file, of which all other parts in the same directory are read too; or a directory with the
+    files of a single run. Files of other programs in the layouts of LArPix+HDF5 are read too, each alone.
+    directory: where the files of a run number are.
+    storage: label of the storage whose files are read ("" for the first or only one). None: that with the best copy,
+    by condition, then by rows.
+    parts: False reads the given file alone.
+    missing_ok: also read a run of which parts are missing in the middle; Run.missing_parts has their numbers.
+
+    FileError, of one line, if there is no such run or file, or if it cannot be read.
+    """
+    if isinstance(source, bool | float):
+        raise FormatError(f"run {source!r}: expected a run number, or the path of a file")
+    if isinstance(source, int | np.integer):
+        return Run(_of_number(Path(directory), int(source), storage), missing_ok=missing_ok)
+    path = Path(source)
+    if not os.fspath(source):
+        raise FileError("expected a path, found an empty text")
+    if path.is_dir():
+        runs = sorted({run for run, *_ in names.run_files(path)})
+        if len(runs) != 1:
+            found = f"runs {', '.join(map(str, runs[:10]))}{', …' if runs[10:] else ''}" if runs else "no file of a run"
+            raise FileError(f"{path} has {found}, expected the files of one run: give a run number and directory=")
+        return Run(_of_number(path, runs[0], storage), missing_ok=missing_ok)
+    if path.name.endswith(names.RAW):
+        packets = path.name.removesuffix(names.RAW) + names.FINISHED
+        raise FileError(f"{path}: has board messages, not rows: open the packet file {packets}")
+    if path.name.endswith(names.JOURNAL):
+        path = path.with_name(path.name.removesuffix(names.JOURNAL) + names.PART)
+    return Run(_of_file(path, parts, storage), missing_ok=missing_ok)
+
+
+class _Listing(NamedTuple):
+    """Where the parts of a run are. `key`: run, start (unix ns) and label; None: `files` are not named by a run."""
+
+    directory: Path
+    key: tuple[int, int, str] | None
+    files: dict[int, Path]  # by the number of the part
+
+
+def _list_parts(directory: Path, key: tuple[int, int, str], files: Iterable[Path] | None = None) -> _Listing:
+    """List the parts of a run and storage: the finished file, or else the part being written, or its journal alone."""
+    found: dict[int, Path] = {}
+    order = (names.FINISHED, names.PART, names.JOURNAL)
+    listed = [path for *_, path in names.run_files(directory, key[0])] if files is None else files
+    for path in listed:
+        name = names.parse(path.name)
+        if name is None or (name.run, name.started_ns, name.storage) != key:
+            continue
+        other = found.get(name.part)
+        if other is None or order.index(name.ending) < order.index(_ending(other)):
+            found[name.part] = path
+    return _Listing(directory, key, dict(sorted(found.items())))
+
+
+def _ending(path: Path) -> str:
+    name = names.parse(path.name)
+    assert name is not None
+    return name.ending
+
+
+def _of_number(directory: Path, run: int, storage: str | None) -> _Listing:
+    if not 0 <= run <= constants.LAST_RUN:
+        raise FileError(f"run {run}: expected a number from 1 to {constants.LAST_RUN}")
+    files = [path for *_, path in names.run_files(directory, run)]
+    keys = {(name.run, name.started_ns, name.storage) for path in files if (name := names.parse(path.name))}
+    label = None if storage is None else names.label(storage)
+    chosen = sorted(key for key in keys if label is None or key[2] == label)
+    if not chosen:
+        known = ", ".join(repr(label) for *_, label in sorted(keys))
+        asked = f" of storage {storage!r}, only of {known}" if known else ""
+        raise FileError(f"run {run}: {directory} has no file of it{asked}")
+    if len({started for _, started, _ in chosen}) > 1:
+        starts = ", ".join(sorted({path.name.split("_")[1] for path in files if names.parse(path.name)}))
+        raise FileError(f"run {run}: {directory} has files of several runs with this number ({starts}): name a file")
+    listings = [_list_parts(directory, key, files) for key in chosen]
+    return max(listings, key=_worth) if len(listings) > 1 else listings[0]
+
+
+def _worth(listing: _Listing) -> tuple[int, int, bool]:
+    """Return what a storage's copy of a run is worth, for comparisons: condition, rows, and whether it has no label."""
+    assert listing.key is not None
+    order = list(RunCondition)
+    report = run_report.judge_run(listing.key[0], listing.files.values(), whole=True)
+    return -order.index(RunCondition(report.condition)), report.rows, not listing.key[2]
+
+
+def _of_file(path: Path, parts: bool, storage: str | None) -> _Listing:
+    directory = path.parent
+    name = names.parse(path.name) or _first_name(path)
+    if name is None or not parts:
+        return _Listing(directory, None, {name.part if name else 0: path})
+    if storage is not None and names.label(storage) != name.storage:
+        raise FileError(f"{path}: is of storage {name.storage!r}, asked for is storage {storage!r}")
+    listing = _list_parts(directory, (name.run, name.started_ns, name.storage))
+    if name.part not in listing.files:
+        raise FileError(f"cannot open {path}: there is no such file")
+    return listing
+
+
+def _first_name(path: Path) -> names.FileName | None:
+    """Return the name of a run file in the same directory of which `path` is a second name; None if there is none."""
+    with DataFile(path) as file:
+        if not file.own:
+            return None
+        run, part, storage = file.run, file.run_info()["part"], (file.texts().get("storage") or [""])[-1]
+    for _, number, _, other in names.files_of_storage(path.parent, storage, run):
+        if number == part and other.exists() and other.samefile(path):
+            return names.parse(other.name)
+    return None
+
+
+def _is_unmade(path: Path) -> bool:
+    """Whether a part is being made, or its writer died while it made it: then it has no rows."""
+    if not path.name.endswith(names.PART):
+        return False
+    try:
+        superblock = repair.read_superblock(path)
+    except FileError:
+        return False
+    return superblock is None or superblock.flags == repair.WRITING
+
+
+class _Task(NamedTuple):
+    """Rows `low` to `high` of a part, and of these only those in stretches; `first`: its first row in the run."""
+
+    part: _Part
+    first: int
+    low: int
+    high: int
+    stretches: list[tuple[int, int]] | None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return device and inode of a file; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+class _View(NamedTuple):
+    """What a part has at one moment: a reader in another thread sees all of it or nothing."""
+
+    file: DataFile
+    end: int  # rows of the file that count
+    later: list[tuple[stream.Block, int, NDArray[Any]]]  # blocks of the journal: frame, first row, rows
+
+    @property
+    def rows(self) -> int:
+        return self.later[-1][1] + len(self.later[-1][2]) if self.later else self.end
+
+
+class _Part:
+    """One part of a run: a finished file, or one that grows, with the blocks that only its journal has."""
+
+    def __init__(self, number: int, path: Path) -> None:
+        self.number = number
+        self.path = path
+        #: Whether the rows are final: it has been finished, or sealed.
+        self.is_final = not path.name.endswith(names.PART)
+        #: Whether its writer may live. The part of a dead writer has all rows that a recovery will find.
+        self.is_growing = not self.is_final and may_be_written(path)
+        #: Whether it has the description of its run, after which it takes blocks.
+        self.is_described = True
+        self._next: dict[BlockOrigin, int] = {}  # next sequence after the blocks in /run/blocks
+        self._blocks = 0  # rows of /run/blocks in _next
+        self._block_rows = 0  # row after the last of these blocks
+        #: Whether HDF5 could not read what the writer was changing, after which the file must be opened again.
+        self.is_stale = False
+        self._idle = threading.Condition()
+        self._readings = 0  # that use the file now
+        file = self._open()
+        self._identity = _identity(self.path)
+        self.view = _View(file, file.rows, [])
+        if not self.is_final:
+            self._update(file)
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether another file has its name: the next part gets that of a part without rows, which was removed."""
+        return not self.is_final and _identity(self.path) not in (None, self._identity)
+
+    @property
+    def file(self) -> DataFile:
+        return self.view.file
+
+    @property
+    def rows(self) -> int:
+        return self.view.rows
+
+    def _open(self) -> DataFile:
+        finished = self.path.with_name(self.path.name.removesuffix(names.PART) + names.FINISHED)
+        if not self.is_final and not self.path.exists() and finished.exists():
+            self.path, self.is_final, self.is_growing = finished, True, False
+        return DataFile(self.path)
+
+    @property
+    def _journal(self) -> Path:
+        return self.path.with_name(self.path.name.removesuffix(names.PART) + names.JOURNAL)
+
+    def refresh(self) -> None:
+        """Find out which rows there are now. FileError also if a file that was readable is damaged or gone."""
+        if not self.is_final and (self.is_growing or not self.path.exists()):
+            self.is_growing = may_be_written(self.path)  # before the rows are counted, so that False makes them final
+            self._update(self.file)
+
+    def _update(self, file: DataFile) -> None:
+        for attempt in range(_ATTEMPTS):
+            try:
+                if self._look(file, complete=attempt < _ATTEMPTS - 1):
+                    return
+            except FileError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                self.is_stale = True
+            file = self.file
+
+    def _look(self, file: DataFile, *, complete: bool) -> bool:
+        """Find out which rows there are. Returns False if `complete` is asked for and the journal was read in parts."""
+        if self.is_stale or not self.path.exists():  # or it has its final name now, or was removed
+            with self._idle:  # HDF5 shares its cache between two openings of a file, and that is out of date
+                self._idle.wait_for(lambda: not self._readings)
+                file.close()
+                file = self._open()
+                self.is_stale = False
+                self.view = self.view._replace(file=file)
+            if self.is_final:
+                self.view = _View(file, file.rows, [])
+                return True
+        records = self._records()
+        file.refresh()
+        self._read_blocks(file)
+        later = self._later(file, records, complete=complete)
+        if later is None:
+            return False
+        self.view = _View(file, self._block_rows, later)
+        info = file.run_info()
+        self.is_described = info["opened_ns"] > 0
+        if self.is_described and info["condition"] != RunCondition.RUNNING:
+            file.refresh()  # all waiting rows were written before this
+            self.view = _View(file, file.rows, [])
+            self.is_final, self.is_growing = True, False
+        return True
+
+    def _records(self) -> list[journal.JournalRecord]:
+        """Read the journal: before the part, so that each block is in at least one of them."""
+        try:
+            return journal.read(self._journal).records
+        except FileError:
+            if self._journal.exists():
+                raise
+            return []
+
+    def _read_blocks(self, file: DataFile) -> None:
+        """Read the new rows of /run/blocks."""
+        while len(blocks := file.table("run/blocks", self._blocks, self._blocks + _PAGE)):
+            for origin in np.unique(blocks[["producer", "epoch"]]):
+                own = (blocks["producer"] == origin["producer"]) & (blocks["epoch"] == origin["epoch"])
+                self._next[file.origin(origin)] = int(blocks["sequence"][own].max()) + 1
+            self._blocks += len(blocks)
+            self._block_rows = int(blocks["first_row"][-1]) + int(blocks["rows"][-1])
+        if self._block_rows > file.rows:
+            file.refresh()  # a block comes after its rows, and the number of rows was read before
+        if self._block_rows > file.rows:
+            raise FileError(f"{self.path}: /run/blocks reaches to row {self._block_rows}, /packets has {file.rows}")
+
+    def _later(
+        self, file: DataFile, records: Iterable[journal.JournalRecord], *, complete: bool
+    ) -> list[tuple[stream.Block, int, NDArray[Any]]] | None:
+        """Return the blocks of the journal that the part does not have, with the row at which each begins.
+
+        None if `complete` is asked for and a block is missing between them: then the journal was emptied and filled
+        again while it was read. (A block that never arrived is missing for good.)
+        """
+        following = dict(self._next)
+        row = self._block_rows
+        later: list[tuple[stream.Block, int, NDArray[Any]]] = []
+        for frame, rows in records:
+            if frame.following <= following.get(frame.origin, 0):
+                continue
+            if isinstance(frame, stream.Block):
+                if complete and frame.origin in following and frame.sequence != following[frame.origin]:
+                    return None
+                if file.layout is None or frame.layout != file.layout.code:
+                    raise FileError(f"{self._journal}: has rows of layout {frame.layout}, the part has other columns")
+                later.append((frame, row, np.frombuffer(rows, file.dtype)))
+                row += frame.rows
+            following[frame.origin] = frame.following
+        return later
+
+    def read(
+        self,
+        start: int,
+        stop: int,
+        columns: Columns,
+        chosen: RowFilter | None,
+        stretches: Sequence[tuple[int, int]] | None,
+        first: int,
+    ) -> NDArray[Any]:
+        """Read rows `start` to `stop`, as RowReader.read(). In any thread."""
+        with self._idle:
+            self._readings += 1
+            view = self.view
+        try:
+            return self._read(view, start, stop, columns, chosen, stretches, first)
+        finally:
+            with self._idle:
+                self._readings -= 1
+                self._idle.notify_all()
+
+    def _read(
+        self,
+        view: _View,
+        start: int,
+        stop: int,
+        columns: Columns,
+        chosen: RowFilter | None,
+        stretches: Sequence[tuple[int, int]] | None,
+        first: int,
+    ) -> NDArray[Any]:
+        file, end, later = view
+        pieces = []
+        if start < end:
+            pieces.append(file.select(start, min(stop, end), columns, chosen, stretches, first))
+        for _, row, rows in later:
+            if max(start, row) < min(stop, row + len(rows)):
+                out = np.empty(len(rows), columns.dtype)
+                within = stretches or [(start, stop)]
+                made = take_rows(Chunk(rows.dtype, rows=rows), row, columns, chosen, within, first, out)
+                pieces.append(columns.result(out, made))
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def stretches(self, begin_ns: float, end_ns: float) -> Iterator[tuple[int, int]]:
+        """Find the rows of blocks that arrived, at least in part, in this time (unix ns): joined, in order."""
+        if not self.file.own:
+            raise FileError(f"{self.path}: has no /run/blocks, so that its rows cannot be selected by their time")
+        last: tuple[int, int] | None = None
+        for blocks in self.blocks():
+            times = (blocks["first_ns"] < end_ns) & (np.maximum(blocks["first_ns"], blocks["last_ns"]) >= begin_ns)
+            for first, rows in blocks[["first_row", "rows"]][times].tolist():
+                if last is not None and first == last[1]:
+                    last = last[0], first + rows
+                    continue
+                if last is not None:
+                    yield last
+                last = first, first + rows
+        if last is not None:
+            yield last
+
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        """Read /run/blocks in pages, and then make such rows of the blocks in the journal."""
+        file, end, later = self.view
+        expected = 0
+        for start in range(0, file.length("run/blocks"), _PAGE):
+            page = file.table("run/blocks", start, start + _PAGE)
+            ends = page["first_row"] + page["rows"]
+            if len(page) and (page["first_row"] != np.concatenate(([expected], ends[:-1]))).any():
+                raise FileError(f"{self.path}: /run/blocks: blocks overlap, or do not follow each other")
+            expected = int(ends[-1]) if len(page) else expected
+            yield page[ends <= end]
+        if later:
+            producers = {name: number for number, name in enumerate(file.producers)}
+            page = np.zeros(len(later), BLOCKS)
+            for line, (frame, row, _) in zip(page, later, strict=True):
+                line["producer"], line["first_row"] = producers.setdefault(frame.producer, len(producers)), row
+                for name in ("epoch", "sequence", "rows", "first_ns", "last_ns"):
+                    line[name] = getattr(frame, name)
+            yield page
+
+    def producers(self) -> list[str]:
+        """Return the names that blocks() numbers."""
+        return list(dict.fromkeys([*self.file.producers, *(frame.producer for frame, *_ in self.view.later)]))
+
+    def lines(self) -> Iterator[InfoLine]:
+        """Read the lines of INFO messages, also those that only the journal has."""
+        file, _, later = self.view
+        known = file.length("messages")
+        for start in range(0, known, _PAGE):
+            for line in file.table("messages", start, min(known, start + _PAGE)):
+                yield InfoLine(int(line["timestamp"]), text(line["message"]))
+        for frame, _, rows in later:
+            if frame.text is not None and len(rows) and int(rows["counter"][0]) >= known:
+                for piece in stream.text_pieces(frame.text, MESSAGE_BYTES):
+                    yield InfoLine(int(rows["timestamp"][0]), piece.decode("utf-8", "replace"))
+
+
+class Run:
+    """A run that is read: see open_run(). Close it, or use it with `with`. Not for several threads at a time.
+
+    `dtype`: of its rows; `version`: of LArPix+HDF5; `own`: whether larpix-daq wrote it. Without that there is no more
+    than the rows, and the lists below are empty. `missing_parts`: numbers of parts that are not there.
+    """
+
+    def __init__(self, listing: _Listing, *, missing_ok: bool = False) -> None:
+        self._listing = listing
+        self._missing_ok = missing_ok
+        self._parts: OrderedDict[int, _Part] = OrderedDict()  # open ones, the last used last
+        self._rows: dict[int, int] = {}  # number -> rows of finished parts
+        self.missing_parts: list[int] = []
+        self._set_files(listing.files)
+        first = self._part(next(iter(self._files))).file
+        self.dtype, self.version, self.own, self.layout = first.dtype, first.version, first.own, first.layout
+        self._part(next(reversed(self._files)))
+
+    def _set_files(self, files: dict[int, Path]) -> None:
+        """Take over a list of parts. FileError if one is missing between others."""
+        self._files = {
+            number: path
+            for number, path in files.items()
+            if not path.name.endswith(names.JOURNAL) and (number < max(files) or not _is_unmade(path))
+        }
+        for number in [number for number, part in self._parts.items() if number not in self._files or part.is_replaced]:
+            del self._parts[number]
+        if not self._files:
+            only = f" but {', '.join(path.name for path in files.values())}, without rows" if files else ""
+            raise FileError(
+                f"{self._listing.directory} has no file of this run{only}: larpixdaq recover looks for them"
+            )
+        self.missing_parts = sorted({*range(min(files), max(self._files))} - {*self._files})
+        if self.missing_parts and not self._missing_ok:
+            missing, last = ", ".join(map(str, self.missing_parts)), max(self._files)
+            raise FileError(
+                f"{self._files[last]}: part {missing} of 0 to {last} of this run is missing beside it: give"
+                " missing_ok=True to read the others"
+            )
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        name = f"run {self.number}" if self.own else str(self.files[0])
+        return f"<{name}: {len(self._files)} files, {'growing' if self.is_growing else 'finished'}>"
+
+    def close(self) -> None:
+        for part in self._parts.values():
+            part.file.close()
+        self._parts.clear()
+
+    # Parts
+
+    def _part(self, number: int) -> _Part:
+        """Return a part, opened if need be. FileError if it is of another run, or has other columns than the first."""
+        part = self._parts.pop(number, None)
+        if part is None:
+            part = _Part(number, self._files[number])
+            self._check(part)
+            for other in [other for other, old in self._parts.items() if old.is_final][:-_OPEN_PARTS]:
+                del self._parts[other]
+        self._parts[number] = part
+        if part.is_final:
+            self._rows[number] = part.rows
+        return part
+
+    def _check(self, part: _Part) -> None:
+        file, key = part.file, self._listing.key
+        if key is not None and part.is_described and (not file.own or file.run != key[0]):
+            found = f"run {file.run}" if file.own else "no run: larpix-daq did not write it"
+            raise FileError(f"{part.path}: expected run {key[0]}, by its name, found {found}")
+        if self._parts and file.dtype != self.dtype:
+            raise FileError(f"{part.path}: has other columns than {self.files[0]}")
+
+    def _visible(self) -> Iterator[tuple[int, int, int]]:
+        """Yield number, first row in the run, and rows of each part, up to the first one that grows."""
+        base = 0
+        for number in self._files:
+            rows = self._rows.get(number)
+            if rows is None:
+                part = self._part(number)
+                rows = part.rows
+            yield number, base, rows
+            base += rows
+            if number in self._parts and self._parts[number].is_growing:
+                return  # rows may come that precede those of the next part
+
+    def refresh(self) -> None:
+        """See what was added to a growing run since it was opened, or since the last call."""
+        vars(self).pop("report", None)
+        key, known = self._listing.key, 0
+        # Again after a new part, because it is made before the previous one is finished.
+        while known < len(self._files):
+            known = len(self._files)
+            if key is not None:
+                self._set_files(_list_parts(self._listing.directory, key).files)
+            for number in self._files:
+                if number not in self._rows:
+                    part = self._part(number)
+                    part.refresh()
+                    self._check(part)
+                    self._part(number)  # notes its rows if it is final now
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of the parts, in order."""
+        return [self._parts[number].path if number in self._parts else path for number, path in self._files.items()]
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether rows may still be added, as far as refresh() has seen."""
+        return any(part.is_growing for part in self._parts.values())
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of all parts that are there. Opens each part once."""
+        return sum(rows for _, _, rows in self._visible())
+
+    def __len__(self) -> int:
+        return self.rows
+
+    # Rows
+
+    def chunks(
+        self,
+        columns: str | Sequence[str] | None = None,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        io_group: int | Iterable[int] | None = None,
+        chip: Chip | Iterable[Chip] | None = None,
+        channel: int | Iterable[int] | None = None,
+        packet_type: int | str | Iterable[int | str] | None = None,
+        begin: Time | None = None,
+        end: Time | None = None,
+        rows: int = PIECE_ROWS,
+        threads: int = THREADS,
+    ) -> Iterator[NDArray[Any]]:
+        """Read the selected rows in order, in arrays of at most `rows` rows, the next ones in threads meanwhile.
+
+        columns: names, in the order of the result; "row" is the number of a row in the run. A single text: arrays of
+        this column, not of rows. None: all columns of the file.
+        start, stop: row numbers as of a slice, negative ones from the end.
+        io_group, channel: numbers. packet_type: numbers, or names: data, test, config write, config read, timestamp,
+        message, sync, trigger. chip: keys such as "1-2-11" or (1, 2, 11). Each may be one or several. Rows of types 4
+        to 7 have no chip, and rows of types 2 to 7 no channel.
+        begin, end: time of arrival, as unix s, datetime (without zone: UTC), UTC text such as "2026-11-22T07:12:51", or
+        "5min" ago. Whole blocks are read that arrived in this time, at least in part; blocks() has their times.
+
+        A growing run is read as it was at the last refresh(). FormatError for an impossible argument; FileError, during
+        the iteration, for damage, with the place.
+        """
+        wanted = Columns(self.dtype, columns)
+        selection = Selection.of(io_group, chip, channel, packet_type)
+        chosen = None if selection.is_everything else RowFilter(selection, self.dtype)
+        if chosen is not None and chosen.missing:
+            raise FileError(f"{self.files[0]}: /packets has no column {chosen.missing}, by which to select")
+        if rows < 1 or threads < 1:
+            raise FormatError(f"rows {rows}, threads {threads}: expected at least 1")
+        times = None if begin is None and end is None else (_ns("begin", begin, 0.0), _ns("end", end, np.inf))
+        if start < 0 or (stop is not None and stop < 0):
+            start, stop, _ = slice(start, stop).indices(self.rows)
+        tasks = self._tasks(start, stop, times, rows)
+
+        def read(task: _Task) -> NDArray[Any]:
+            part, first, low, high, stretches = task
+            return part.read(low, high, wanted, chosen, stretches, first)
+
+        def pieces() -> Iterator[NDArray[Any]]:
+            for _, found in in_order(read, tasks, threads):
+                for low in range(0, len(found), rows):
+                    yield found[low : low + rows]
+
+        return pieces()
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        return self.chunks()
+
+    def read(self, columns: str | Sequence[str] | None = None, **selection: Any) -> NDArray[Any]:
+        """Read all selected rows at once, into memory. Arguments as of chunks()."""
+        found = list(self.chunks(columns, **selection))
+        return np.concatenate([Columns(self.dtype, columns).empty(), *found]) if len(found) != 1 else found[0]
+
+    def follow(
+        self, columns: str | Sequence[str] | None = None, *, start: int = 0, patience: float = 10.0, **selection: Any
+    ) -> Iterator[NDArray[Any]]:
+        """Read the selected rows from row `start` on, as chunks() does, and wait for further ones until the run ends.
+
+        patience: seconds to wait for the next part of a run whose storage has died.
+        """
+        deadline = None
+        while True:
+            growing, stop = self.is_growing, self.rows
+            yield from self.chunks(columns, start=start, stop=stop, **selection)
+            start = max(start, stop)
+            if not growing:
+                now = time.monotonic()
+                deadline = now + patience if deadline is None else deadline
+                if self.condition not in _UNFINISHED or now > deadline:
+                    return
+            else:
+                deadline = None
+            time.sleep(POLL)
+            self.refresh()
+
+    def _tasks(self, start: int, stop: int | None, times: tuple[float, float] | None, rows: int) -> Iterator[_Task]:
+        """Divide rows `start` to `stop` into pieces for threads, of whole chunks where possible."""
+        for number, first, length in self._visible():
+            low, high = max(start - first, 0), length if stop is None else min(stop - first, length)
+            if stop is not None and first >= stop:
+                return
+            if low >= high:
+                continue
+            part = self._part(number)
+            chunk = part.file.chunk_rows or PIECE_ROWS
+            size = max(rows - rows % chunk, chunk)
+            if times is None:
+                for at in range(low - low % size, high, size):
+                    yield _Task(part, first, max(at, low), min(at + size, high), None)
+                continue
+            waiting: list[tuple[int, int]] = []
+            for one, other in part.stretches(*times):
+                one, other = max(one, low), min(other, high)
+                while one < other:
+                    border = min(other, one - one % size + size)
+                    if waiting and waiting[0][0] // size == one // size:
+                        waiting.append((one, border))
+                    else:
+                        if waiting:
+                            yield _Task(part, first, waiting[0][0], waiting[-1][1], waiting)
+                        waiting = [(one, border)]
+                    one = border
+            if waiting:
+                yield _Task(part, first, waiting[0][0], waiting[-1][1], waiting)
+
+    # What is known beside the rows
+
+    @property
+    def number(self) -> int | None:
+        """Number of the run; None if larpix-daq did not write the file."""
+        return self._last.file.run if self.own else None
+
+    @property
+    def _last(self) -> _Part:
+        """The newest part, which has all that was known of the run when it was opened."""
+        parts = [self._part(number) for number in [*self._files][-2:]]
+        return next((part for part in reversed(parts) if part.is_described), parts[0])
+
+    @property
+    def info(self) -> RunInfo | None:
+        """Description of the run: comment, kind, operator, start, layout and versions, boards; None as of `number`."""
+        if not self.own:
+            return None
+        try:
+            file = self._last.file
+            found = tables.make_run_info(file.run_info(), file.texts())
+        except ValueError as error:
+            raise FileError(f"{file.path}: /run/info: {error}") from None
+        return found._replace(connected=tuple(self.sources))
+
+    @cached_property
+    def report(self) -> RunReport | None:
+        """Judgement of the run by all parts that are there: condition, reasons, totals; None as of `number`."""
+        if not self.own:
+            return None
+        return run_report.judge_run(self._last.file.run, self.files, whole=self._listing.key is not None)
+
+    @property
+    def condition(self) -> str:
+        """RUNNING, COMPLETE, 'COMPLETE, suspect', INCOMPLETE, INTERRUPTED, ABORTED or CONTINUED; "" as of `number`."""
+        if self.is_growing:
+            return RunCondition.RUNNING
+        return "" if self.report is None else str(self.report.condition)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the condition is not COMPLETE, one line each."""
+        return [] if self.report is None or self.is_growing else [*self.report.reasons, *self.report.notes]
+
+    @property
+    def sources(self) -> list[ConnectedBoard]:
+        """Boards, devices or files that the producers read: the last entry of each io_group."""
+        found = [board for file in self._files_with_tables() for board in file.connected()]
+        return list({(board.producer, board.io_group): board for board in found}.values())
+
+    @property
+    def e_log(self) -> list[Comment]:
+        """Comments on the run, as far as they came while it was written, in order."""
+        return list(dict.fromkeys(comment for file in self._files_with_tables() for comment in comments(file.texts())))
+
+    @property
+    def texts(self) -> dict[str, list[str]]:
+        """Texts of the newest part by name, in the order of writing, such as versions of programs and reasons."""
+        return self._last.file.texts() if self.own else {}
+
+    @property
+    def configurations(self) -> list[ChipConfiguration]:
+        """Configuration of each chip at the end of the newest part, also if only its journal has it."""
+        if not self.own:
+            return []
+        found = tables.configurations_of_part(self._last.path)
+        return [_configuration(row, found.producers[int(row["producer"])]) for row in found.rows]
+
+    @property
+    def configuration_changes(self) -> Iterator[ChipConfiguration]:
+        """All rows of /run/configs, in order. Each part begins with the configurations at the end of the previous."""
+        for file in self._files_with_tables():
+            for start in range(0, file.length("run/configs"), 1024):
+                for row in file.table("run/configs", start, start + 1024):
+                    yield _configuration(row, file.producer(row))
+
+    @property
+    def ledger(self) -> list[LedgerLine]:
+        """Counts of each producer and io_group. While a run grows, there is none before the end record is in a part."""
+        lines: dict[tuple[BlockOrigin, int], LedgerLine] = {}
+        for file in self._files_with_tables():
+            for origin, row in file.rows_by_origin("ledger/counts"):
+                counts = {name: row[name] for name in ("owed", *constants.COUNTS)}
+                known = lines.get((origin, row["io_group"]))
+                if known is not None:
+                    counts["stored"] += known.counts["stored"]
+                    if row["how"] == ledger.OPEN:
+                        for name in ("packets", "bad_parity", "dropped"):
+                            counts[name] += known.counts[name]
+                lines[origin, row["io_group"]] = LedgerLine(*origin[1:], row["io_group"], row["how"], counts)
+        return list(lines.values())
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """Judgements on the data before they reached the producers."""
+        return [
+            Verdict(origin.producer, **{name: row[name] for name in Verdict._fields[1:]})
+            for file in self._files_with_tables()
+            for origin, row in file.rows_by_origin("ledger/verdicts")
+        ]
+
+    @property
+    def gaps(self) -> Iterator[Gap]:
+        """Rows that were dropped, because ring and spool of a producer were full."""
+        for file in self._files_with_tables():
+            for origin, row in file.rows_by_origin("ledger/gaps"):
+                yield Gap(origin.producer, **{name: row[name] for name in Gap._fields[1:]})
+
+    def messages(self) -> Iterator[InfoLine]:
+        """Read the lines of INFO messages, in order."""
+        for number, _, _ in self._visible() if self.own else ():
+            yield from self._part(number).lines()
+
+    def blocks(self) -> Iterator[Block]:
+        """Read the blocks, in order."""
+        for number, base, _ in self._visible() if self.own else ():
+            part = self._part(number)
+            producers = part.producers()
+            for page in part.blocks():
+                for row in page:
+                    if int(row["producer"]) >= len(producers):
+                        part.file.producer(row)  # raises
+                    epoch, sequence, first, rows, first_ns, last_ns = (int(row[name]) for name in _BLOCK_COLUMNS)
+                    place = base + first, rows, first_ns, last_ns
+                    yield Block(producers[int(row["producer"])], epoch, sequence, *place)
+
+    def _files_with_tables(self) -> Iterator[DataFile]:
+        """Yield the file of each part, if larpix-daq wrote it."""
+        for number in list(self._files) if self.own else ():
+            yield self._part(number).file
+
+
+def _configuration(row: Any, producer: str) -> ChipConfiguration:
+    sent, read = (np.flatnonzero(row["known"] & bit).tolist() for bit in (SENT, READ))
+    return ChipConfiguration(
+        key_of(int(row[name]) for name in ("io_group", "io_channel", "chip_id")),
+        text(row["asic"]),
+        producer,
+        int(row["time_ns"]),
+        {i: int(row["sent"][i]) for i in sent},
+        {i: int(row["read"][i]) for i in read},
+    )
+
+
+def _ns(name: str, moment: Time | None, default: float) -> float:
+    """Return unix ns. FormatError if this is no time."""
+    if moment is None:
+        return default
+    if isinstance(moment, str):
+        try:
+            return parse_since(moment) * 1e9
+        except argparse.ArgumentTypeError as error:
+            raise FormatError(f"{name}: {error}") from None
+    if isinstance(moment, datetime):
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() * 1e9
+    if isinstance(moment, bool) or not isinstance(moment, int | float | np.number) or math.isnan(moment):
+        raise FormatError(f"{name} {moment!r:.100}: expected unix seconds, a datetime, or a UTC time as text")
+    return float(moment) * 1e9
