@@ -40,6 +40,8 @@ from larpixdaq.schema import MESSAGE_BYTES, key_of
 
 #: Attempts to read journal and part at the same moment.
 _ATTEMPTS: Final = 20
+#: Seconds between two attempts to open a part that is being made.
+_PAUSE: Final = 0.01
 #: Maximum number of parts that stay open.
 _OPEN_PARTS: Final = 32
 #: Rows of /run/blocks that are read at once.
@@ -536,6 +538,18 @@ class _Part:
                     yield InfoLine(int(rows["timestamp"][0]), piece.decode("utf-8", "replace"))
 
 
+def _open_part(number: int, path: Path) -> _Part:
+    """Open a part. One that has just been created may not be readable for some ms, while its tables are made."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return _Part(number, path)
+        except FileError:
+            if attempt == _ATTEMPTS - 1 or not path.name.endswith(names.PART) or not may_be_written(path):
+                raise
+            time.sleep(_PAUSE)
+    raise AssertionError
+
+
 class Run:
     """A run that is read: see open_run(). Close it, or use it with `with`. Not for several threads at a time.
 
@@ -597,7 +611,7 @@ class Run:
         """Return a part, opened if need be. FileError if it is of another run, or has other columns than the first."""
         part = self._parts.pop(number, None)
         if part is None:
-            part = _Part(number, self._files[number])
+            part = _open_part(number, self._files[number])
             self._check(part)
             for other in [other for other, old in self._parts.items() if old.is_final][:-_OPEN_PARTS]:
                 del self._parts[other]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from file_builder import Feed, random_rows, run_info, write
 
-from larpixdaq import cli
+from larpixdaq import cli, open_run
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import chunk_writer, layout, names, repair
 from larpixdaq.hdf5.reader import DataFile
@@ -52,10 +52,17 @@ def stored(tmp_path_factory):
     return file.path.read_bytes()
 
 
+def read_all(path):
+    with open_run(path) as run:
+        for _ in run.chunks(io_group=1):
+            pass
+        assert (run.ledger, run.verdicts, run.sources, run.e_log, list(run.messages()), list(run.blocks())) is not None
+
+
 def judged(path):
     """Collect the errors of all functions that read a file, one line each."""
     lines = verify(path).findings
-    for look in (file_info, lambda path: DataFile(path).close(), open_recording):
+    for look in (file_info, lambda path: DataFile(path).close(), open_recording, read_all):
         try:
             if (found := look(path)) is not None and hasattr(found, "close"):
                 found.close()
