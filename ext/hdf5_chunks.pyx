@@ -106,46 +106,61 @@ cdef size_t gather_rows(
 ) noexcept nogil:
     """Write the chosen rows (NULL: all), whose bytes are in `size` planes; return their number. `out` has `room` bytes.
 
-    There are 16 planes at least, the last ones unused if `size` is smaller.
+    Bytes of 64 rows are copied first, because planes 2^n bytes apart share lines of the first-level cache.
     """
+    cdef uint8_t[64 * 256] lines
+    cdef const uint8_t* places[256]
     cdef uint8_t[16 * 256] square       # 16 rows, when not all of them are chosen or there is no room behind them
-    cdef size_t even = rows - rows % 16 if size <= 256 else 0
+    cdef size_t even = rows - rows % 64 if size <= 256 else 0
     cdef size_t wide = max(size, <size_t>16)
-    cdef size_t row, column, i, step, made = 0
+    cdef size_t row, part, column, i, step, made = 0
     cdef uint8_t* to
     cdef uint64_t low, high
     cdef bint whole
-    for row in range(0, even, 16):
-        whole = True
-        if chosen != NULL:
-            memcpy(&low, chosen + row, 8)
-            memcpy(&high, chosen + row + 8, 8)
-            if not low | high:
-                continue
-            whole = low == ALL_CHOSEN and high == ALL_CHOSEN
-        whole = whole and (made + 15) * size + wide <= room
-        to = out + made * size if whole else square
-        step = size if whole else wide
-        column = 0
-        while True:
-            gather16(planes + column, row, to + column, step)
-            column += 16
-            if column >= size:
-                break
-            column = min(column, size - 16)     # the last 16 columns may overlap: written twice, with equal bytes
-        if whole:
-            made += 16
+    for column in range(256):           # 16 planes at least, the last ones unused if `size` is smaller
+        places[column] = lines + 64 * (column if column < size else 0)
+    for row in range(0, even, 64):
+        if chosen != NULL and not any_of_64(chosen + row):
             continue
-        for i in range(16):
-            if chosen == NULL or chosen[row + i]:
-                memcpy(out + made * size, square + i * wide, size)
-                made += 1
+        for column in range(size):
+            memcpy(lines + 64 * column, planes[column] + row, 64)
+        for part in range(0, 64, 16):
+            whole = True
+            if chosen != NULL:
+                memcpy(&low, chosen + row + part, 8)
+                memcpy(&high, chosen + row + part + 8, 8)
+                if not low | high:
+                    continue
+                whole = low == ALL_CHOSEN and high == ALL_CHOSEN
+            whole = whole and (made + 15) * size + wide <= room
+            to = out + made * size if whole else square
+            step = size if whole else wide
+            column = 0
+            while True:
+                gather16(places + column, part, to + column, step)
+                column += 16
+                if column >= size:
+                    break
+                column = min(column, size - 16)     # the last 16 may overlap: written twice, with equal bytes
+            if whole:
+                made += 16
+                continue
+            for i in range(16):
+                if chosen == NULL or chosen[row + part + i]:
+                    memcpy(out + made * size, square + i * wide, size)
+                    made += 1
     for row in range(even, rows):
         if chosen == NULL or chosen[row]:
             for column in range(size):
                 out[made * size + column] = planes[column][row]
             made += 1
     return made
+
+
+cdef inline bint any_of_64(const uint8_t* chosen) noexcept nogil:
+    cdef uint64_t[8] words
+    memcpy(words, chosen, 64)
+    return (words[0] | words[1] | words[2] | words[3] | words[4] | words[5] | words[6] | words[7]) != 0
 
 
 def gather(
@@ -170,8 +185,6 @@ def gather(
         if not 0 <= columns[i] < <Py_ssize_t>(<size_t>planes.shape[0] // rows):
             raise ValueError(f"gather: plane {columns[i]} of {<size_t>planes.shape[0] // rows}")
         places[i] = &planes[0] + columns[i] * rows
-    for i in range(size, 16):
-        places[i] = places[0]
     if n:
         with nogil:
             made = gather_rows(places, size, rows, wanted, &out[0], <size_t>out.shape[0])

@@ -311,8 +311,9 @@ class _Part:
         self.number = number
         self.path = path
         #: Whether the rows are final: it has been finished, or sealed.
-        self.is_final = not path.name.endswith(names.PART)
-        #: Whether its writer may live. The part of a dead writer has all rows that a recovery will find.
+        self.is_final = self.has_final_name
+        #: Whether its writer may live and has not given it its final name yet. The part of a dead writer has all rows
+        #: that a recovery will find.
         self.is_growing = not self.is_final and may_be_written(path)
         #: Whether it has the description of its run, after which it takes blocks.
         self.is_described = True
@@ -328,6 +329,10 @@ class _Part:
         self.view = _View(file, file.rows, [])
         if not self.is_final:
             self._update(file)
+
+    @property
+    def has_final_name(self) -> bool:
+        return not self.path.name.endswith(names.PART)
 
     @property
     def is_replaced(self) -> bool:
@@ -354,7 +359,9 @@ class _Part:
 
     def refresh(self) -> None:
         """Find out which rows there are now. FileError also if a file that was readable is damaged or gone."""
-        if not self.is_final and (self.is_growing or not self.path.exists()):
+        if self.is_final:
+            self._find_name()
+        elif self.is_growing or not self.path.exists():
             self.is_growing = may_be_written(self.path)  # before the rows are counted, so that False makes them final
             self._update(self.file)
 
@@ -393,8 +400,17 @@ class _Part:
         if self.is_described and info["condition"] != RunCondition.RUNNING:
             file.refresh()  # all waiting rows were written before this
             self.view = _View(file, file.rows, [])
-            self.is_final, self.is_growing = True, False
+            self.is_final = True
+            self._find_name()
         return True
+
+    def _find_name(self) -> None:
+        """Note the final name of a part whose rows are final, and whether it has it."""
+        if not self.has_final_name:
+            finished = self.path.with_name(self.path.name.removesuffix(names.PART) + names.FINISHED)
+            if not self.path.exists() and finished.exists():
+                self.path = finished
+            self.is_growing = not self.has_final_name and may_be_written(self.path)
 
     def _records(self) -> list[journal.JournalRecord]:
         """Read the journal: before the part, so that each block is in at least one of them."""
@@ -613,7 +629,8 @@ class Run:
         if part is None:
             part = _open_part(number, self._files[number])
             self._check(part)
-            for other in [other for other, old in self._parts.items() if old.is_final][:-_OPEN_PARTS]:
+            final = [number for number, old in self._parts.items() if old.is_final and old.has_final_name]
+            for other in final[:-_OPEN_PARTS]:
                 del self._parts[other]
         self._parts[number] = part
         if part.is_final:
@@ -638,7 +655,7 @@ class Run:
                 rows = part.rows
             yield number, base, rows
             base += rows
-            if number in self._parts and self._parts[number].is_growing:
+            if number not in self._rows and self._parts[number].is_growing:
                 return  # rows may come that precede those of the next part
 
     def refresh(self) -> None:
@@ -651,7 +668,8 @@ class Run:
             if key is not None:
                 self._set_files(_list_parts(self._listing.directory, key).files)
             for number in self._files:
-                if number not in self._rows:
+                part = self._parts.get(number)
+                if number not in self._rows or (part is not None and not part.has_final_name):
                     part = self._part(number)
                     part.refresh()
                     self._check(part)
@@ -664,7 +682,7 @@ class Run:
 
     @property
     def is_growing(self) -> bool:
-        """Whether rows may still be added, as far as refresh() has seen."""
+        """Whether a part is being written, or has not been given its final name, as far as refresh() has seen."""
         return any(part.is_growing for part in self._parts.values())
 
     @property

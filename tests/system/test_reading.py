@@ -51,7 +51,7 @@ def test_all_acknowledged_rows_are_seen_after_the_death_of_the_storage(line: Sys
     operator.begin_run().result(LIMIT)
 
     def acknowledged() -> int:
-        return int(line.status_of(operator, "storage")["rows"])
+        return int(line.status_of(operator, "storage").get("rows", 0))
 
     until(lambda: acknowledged() > 5000, "rows to be stored")
     with open_run(1, directory=line.data) as run:
