@@ -313,6 +313,7 @@ class RowReader:
         The stretches are in order, and lie between `start` and `stop`.
         `first`: number of row 0, for the column of row numbers.
         """
+        start, stop = int(start), int(stop)  # numbers of rows in tables are unsigned, and overflow below 0
         columns = columns or Columns(self._dtype)
         out = np.empty(max(0, stop - start), columns.dtype)
         made = 0

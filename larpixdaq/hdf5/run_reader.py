@@ -732,6 +732,7 @@ class Run:
         if rows < 1 or threads < 1:
             raise FormatError(f"rows {rows}, threads {threads}: expected at least 1")
         times = None if begin is None and end is None else (_ns("begin", begin, 0.0), _ns("end", end, np.inf))
+        start, stop = int(start), None if stop is None else int(stop)
         if start < 0 or (stop is not None and stop < 0):
             start, stop, _ = slice(start, stop).indices(self.rows)
         tasks = self._tasks(start, stop, times, rows)

@@ -16,6 +16,7 @@ import larpixdaq
 from larpixdaq import open_run
 from larpixdaq.errors import FileError, FormatError
 from larpixdaq.hdf5.layout import NO_FILTERS
+from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.protocol import stream
@@ -139,6 +140,16 @@ def test_single_values_names_and_columns(parts):
         assert len(run.read("timestamp", start=5, stop=5)) == 0
         assert np.array_equal(np.concatenate(list(run)), whole)
         assert np.array_equal(run.read(start=-10), whole[-10:])
+
+
+def test_unsigned_numbers_of_rows(parts):
+    """Those of tables."""
+    path, whole = parts
+    with DataFile(path) as file:
+        rows = file.packets(np.uint64(5), np.uint64(20_000))
+        assert np.array_equal(rows, file.packets()[5:20_000])
+    with open_run(path) as run:
+        assert np.array_equal(run.read(start=np.uint64(5), stop=np.uint64(20_000)), whole[5:20_000])
 
 
 def test_what_is_known_beside_the_rows(tmp_path):
