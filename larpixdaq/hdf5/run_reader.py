@@ -876,9 +876,8 @@ class Run:
         found = tables.configurations_of_part(self._last.path)
         return [_configuration(row, found.producers[int(row["producer"])]) for row in found.rows]
 
-    @property
     def configuration_changes(self) -> Iterator[ChipConfiguration]:
-        """All rows of /run/configs, in order. Each part begins with the configurations at the end of the previous."""
+        """Read all rows of /run/configs, in order. Each part begins with the configurations at the end of the previous."""
         for file in self._files_with_tables():
             for start in range(0, file.length("run/configs"), 1024):
                 for row in file.table("run/configs", start, start + 1024):
@@ -909,9 +908,8 @@ class Run:
             for origin, row in file.rows_by_origin("ledger/verdicts")
         ]
 
-    @property
     def gaps(self) -> Iterator[Gap]:
-        """Rows that were dropped, because ring and spool of a producer were full."""
+        """Read the gaps: rows that were dropped, because ring and spool of a producer were full."""
         for file in self._files_with_tables():
             for origin, row in file.rows_by_origin("ledger/gaps"):
                 yield Gap(origin.producer, **{name: row[name] for name in Gap._fields[1:]})

@@ -179,7 +179,7 @@ def test_what_is_known_beside_the_rows(tmp_path):
         assert [line.stored for line in run.ledger] == counted.tolist()
         (verdict,) = run.verdicts
         assert (verdict.producer, verdict.io_group, verdict.verdict, verdict.lost) == ("LArPix board", 1, "suspect", 4)
-        assert [(gap.io_group, gap.rows, gap.sequence) for gap in run.gaps] == [(2, 9, 1)]
+        assert [(gap.io_group, gap.rows, gap.sequence) for gap in run.gaps()] == [(2, 9, 1)]
         assert "".join(line.text for line in run.messages()) == "Beginning run" + long
         blocks = [(block.sequence, block.first_row, block.rows) for block in run.blocks()]
         assert blocks == [(0, 0, 1), (1, 1, 500), (2, 501, 2)]

@@ -696,7 +696,7 @@ def read_run(path: Path) -> None:
         for name in known:
             with documented(FileError):
                 getattr(run, name)
-        for listed in (run.messages, run.blocks, lambda: run.gaps, lambda: run.configuration_changes, run.chunks):
+        for listed in (run.messages, run.blocks, run.gaps, run.configuration_changes, run.chunks):
             with documented(FileError):
                 for _ in listed():
                     pass
