@@ -877,7 +877,7 @@ class Run:
         return [_configuration(row, found.producers[int(row["producer"])]) for row in found.rows]
 
     def configuration_changes(self) -> Iterator[ChipConfiguration]:
-        """Read all rows of /run/configs, in order. Each part begins with the configurations at the end of the previous."""
+        """Read all rows of /run/configs, in order. Each part begins with the configurations at the previous end."""
         for file in self._files_with_tables():
             for start in range(0, file.length("run/configs"), 1024):
                 for row in file.table("run/configs", start, start + 1024):
