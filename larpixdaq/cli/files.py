@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from larpixdaq.control.run_list import board_line, listed
 from larpixdaq.errors import FileError, FileLocked, LarpixDaqError, printable
 from larpixdaq.hdf5 import names, raw_file, recovery, run_report
 from larpixdaq.hdf5 import verify as verification
+from larpixdaq.hdf5.salvage import salvage
 from larpixdaq.runtime.file_access import add_lock_dir_argument, lock_directory
 from larpixdaq.runtime.units import size, utc
 from larpixdaq.storage.sidecar import finish_raw
@@ -37,10 +39,20 @@ def add_commands(commands: Any) -> None:
         help="finish files whose storage died",
         description="Makes a finished file of each part (….h5.part) whose storage died, with everything that the "
         "storage had acknowledged. Parts that are being written are left alone. Data that cannot be read whole are "
-        "kept beside the file, as NAME.damaged. Exit status 1 when anything could not be recovered. "
-        "A storage does the same for its own parts when it starts.",
+        "kept beside the file, as NAME.damaged. A storage does the same for its own parts when it starts. Of any other "
+        "raw or packet file that was cut, damaged, or not closed by its writer, all that can be read is copied into a "
+        "new file NAME.recovered.h5. Exit status 1 when anything could not be recovered.",
     )
-    parser.add_argument("paths", nargs="+", type=_path, metavar="PATH", help="a part, its journal, or a directory")
+    parser.add_argument(
+        "paths", nargs="+", type=_path, metavar="PATH", help="a part, its journal, another file, or a directory"
+    )
+    parser.add_argument(
+        "-o",
+        "--output-dir",
+        type=_path,
+        metavar="DIR",
+        help="directory for NAME.recovered.h5, which exists; no file is overwritten (default: that of the file)",
+    )
     add_lock_dir_argument(parser)
     config.add_state_dir_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -57,9 +69,11 @@ def add_commands(commands: Any) -> None:
     config.add_state_dir_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=raw)
-    parser = commands.add_parser("info", help="what is in a file", description="Shows what is in a file.")
-    parser.add_argument("file", type=_path, metavar="FILE")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser = commands.add_parser("info", help="what is in files", description="Shows what is in files.")
+    parser.add_argument("files", nargs="+", type=_path, metavar="FILE")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of text; of several files a list, `files`"
+    )
     parser.set_defaults(function=info)
 
 
@@ -117,6 +131,14 @@ def recover(options: argparse.Namespace) -> int:
     for path, in_directory in _parts(options.paths).items():
         facts: dict[str, Any] = {"ok": True, "file": None, "rows": 0, "condition": "", "reasons": [], "damaged": []}
         try:
+            if not in_directory and not _is_part(path):
+                found = salvage(path, options.output_dir)
+                facts |= {"ok": not found.left_out, "file": found.new and str(found.new), "rows": found.rows}
+                facts |= {"damaged": found.left_out, "text": found.text}
+                ok = ok and not found.left_out
+                outcomes[str(path)] = facts
+                _show(console, found.text)
+                continue
             result = recovery.recover(path)
             facts |= {"file": result.path and str(result.path), "rows": result.rows}
             facts |= {"condition": result.condition, "reasons": result.reasons}
@@ -140,11 +162,17 @@ def _parts(paths: list[Path]) -> dict[Path, bool]:
     """Return the parts to recover, and whether each is from a directory instead of the command line."""
     parts: dict[Path, bool] = {}
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):
             parts = dict.fromkeys(names.unfinished_parts(path), True) | parts
         else:
             parts[path] = False
     return parts
+
+
+def _is_part(path: Path) -> bool:
+    """Return whether a path has the name of a part, or of its journal."""
+    name = names.parse(path.name)
+    return name is not None and name.ending != names.FINISHED
 
 
 def raw(options: argparse.Namespace) -> int:
@@ -152,7 +180,7 @@ def raw(options: argparse.Namespace) -> int:
     lock_directory.use(options.lock_dir, options.state_dir)
     files: dict[Path, None] = {}
     for path in options.paths:
-        found = names.run_files(path) if path.is_dir() else [(0, "", path)]
+        found = names.run_files(path) if os.path.isdir(path) else [(0, "", path)]
         files |= {file: None for _, ending, file in found if not ending or names.is_packet_file(file.name)}
     ok = True
     outcomes: dict[str, Any] = {}
@@ -177,14 +205,27 @@ def raw(options: argparse.Namespace) -> int:
 
 
 def info(options: argparse.Namespace) -> int:
-    facts = run_report.file_info(options.file) | {"raw": _raw_facts(options.file)}
+    console = plain_console(quiet=options.json)
+    found: list[dict[str, Any]] = []
+    several, ok = len(options.files) > 1, True
+    for path in options.files:
+        try:
+            facts = run_report.file_info(path) | {"raw": _raw_facts(path)}
+        except FileError as error:
+            if not several:
+                raise
+            ok = False
+            found.append({"path": str(path), "error": str(error)})
+            _show(console, str(error))
+            continue
+        found.append(facts)
+        if several and len(found) > 1:
+            console.print()
+        for name, text in _info_lines(facts):
+            _show(console, f"{name:<16} {text}".rstrip())
     if options.json:
-        print(json.dumps(facts))
-        return 0
-    console = plain_console()
-    for name, text in _info_lines(facts):
-        _show(console, f"{name:<16} {text}".rstrip())
-    return 0
+        print(json.dumps({"ok": ok, "files": found} if several else found[0]))
+    return 0 if ok else 1
 
 
 def _raw_facts(packets: Path) -> dict[str, Any] | None:

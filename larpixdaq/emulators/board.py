@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -16,10 +15,10 @@ import zmq
 from numpy.typing import NDArray
 
 from larpixdaq._native import board_emulator, zmq_batch
-from larpixdaq._native.decoders import split_log
 from larpixdaq.emulators.board_registers import BoardRegisters, ServerCrashError
 from larpixdaq.emulators.command_server import CommandServer
-from larpixdaq.errors import ConfigError, FileError
+from larpixdaq.emulators.recording import LEGACY_SIZES, SIZES_1_0, Recording, count_1_0, words_of
+from larpixdaq.errors import ConfigError
 from larpixdaq.runtime.timing import Pace
 
 #: Maximum words of a turn, so that other boards, commands and signals get their turns.
@@ -109,7 +108,10 @@ class EmulatedBoard:
         self._remaining = limit  # words to make
         self._overdue = False  # more words are due than the last turn has made
         self._spans: NDArray[Any] = source.spans[:0]
+        self._sizes = source.sizes if isinstance(source, Recording) else LEGACY_SIZES
         self._faults = faults
+        if faults is not None:
+            faults.sizes = self._sizes
         self._first_turn: float | None = None
         #: Seconds that the clock for the headers, which starts with a whole second, is late.
         self._clock_lag = (time.time() - source.receipt / 1e7) % 1.0
@@ -161,6 +163,8 @@ class EmulatedBoard:
     def counts(self) -> dict[str, int]:
         """Return the counts of sent words and messages, and of faults."""
         full = {"full": self._source.full} if self._source.full else {}
+        if isinstance(self._source, Recording) and self._source.left_out:
+            full["left_out"] = self._source.left_out
         crashed = {"server_crashes": 1} if self.crashed else {}
         return self.sent | full | crashed | (self._faults.counts if self._faults else {})
 
@@ -315,7 +319,7 @@ class EmulatedBoard:
         """Take the next messages, of `words` words in all, from the source."""
         messages = self._source.fill(words, self._per_message, window)
         self._spans = self._source.spans[:messages]
-        made = int(words_of(self._spans).sum())
+        made = int(words_of(self._spans, self._sizes).sum())
         if self._faults:
             self._spans = self._faults.change(self._source.buffer, self._spans)
         if self._pace:
@@ -327,7 +331,8 @@ class EmulatedBoard:
         step = len(self._spans) if self._lossless else BURST
         while len(self._spans):
             sent = self._sender.send(self._source.buffer, self._spans[:step])
-            d, s, t, others = board_emulator.count_words(self._source.buffer, self._spans[:sent])
+            count = count_1_0 if self._sizes == SIZES_1_0 else board_emulator.count_words
+            d, s, t, others = count(self._source.buffer, self._spans[:sent])
             for name, number in zip(self.sent, (d + s + t + others, d, s, t, sent), strict=True):
                 self.sent[name] += number
             self._spans = self._spans[sent:]
@@ -374,10 +379,12 @@ class Faults:
 
     def __init__(self, plan: FaultPlan, seed: int) -> None:
         self.plan = plan
+        self.sizes = LEGACY_SIZES  # bytes of a header and of a word
         self.counts = dict.fromkeys(
             ("skipped", "skipped_messages", "doubled", "doubled_messages", "lied", "lied_messages"), 0
         )
-        self._random = np.random.default_rng(seed)
+        # Two of them, because the messages of a turn depend on time: the faults must not.
+        self._random, self._lies = np.random.default_rng(seed), np.random.default_rng([seed, 1])
 
     def change(self, buffer: NDArray[np.uint8], spans: NDArray[Any]) -> NDArray[Any]:
         """Return the spans to send, in order, and change headers in place. A message has at most one fault."""
@@ -389,65 +396,21 @@ class Faults:
         double = ~skip & (fate < plan.skip + plan.double)
         lie = ~skip & ~double & (fate < plan.skip + plan.double + plan.lie)
         self.skip(spans[skip])
-        self.counts["doubled"] += int(words_of(spans[double]).sum())
+        self.counts["doubled"] += int(words_of(spans[double], self.sizes).sum())
         self.counts["doubled_messages"] += int(double.sum())
         for span in spans[lie]:
-            position = int(span["start"]) + 6
-            counted = buffer[position : position + 2].view("<u2")
-            excess = min(int(self._random.integers(1, LIE + 1)), 65_535 - int(counted[0]))
-            counted += np.uint16(excess)
+            position, bits = int(span["start"]) + 6, 16
+            if self.sizes == SIZES_1_0:
+                position, bits = position - 2, 32
+            counted = buffer[position : position + bits // 8].view(f"<u{bits // 8}")
+            unit = self.sizes[1] if self.sizes == SIZES_1_0 else 1  # the header of format 1.0 counts bytes
+            excess = min(int(self._lies.integers(1, LIE + 1)), ((1 << bits) - 1 - int(counted[0])) // unit)
+            counted += np.array(excess * unit, counted.dtype)
             self.counts["lied"] += excess
             self.counts["lied_messages"] += 1
         return np.repeat(spans, np.where(skip, 0, 1 + double))
 
     def skip(self, spans: NDArray[Any]) -> None:
         """Count messages that are not sent."""
-        self.counts["skipped"] += int(words_of(spans).sum())
+        self.counts["skipped"] += int(words_of(spans, self.sizes).sum())
         self.counts["skipped_messages"] += len(spans)
-
-
-class Recording:
-    """Messages of a log, each preceded by its length (u32 little-endian); a `MessageSource`. Raises FileError."""
-
-    receipt = 0
-    full = 0
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self.buffer: NDArray[np.uint8] = np.fromfile(path, np.uint8)
-        except OSError as error:
-            raise FileError(f"cannot read {path}: {error.strerror}") from None
-        self._all, used = split_log(self.buffer)
-        if used < len(self.buffer) or not len(self._all):
-            raise FileError(
-                f"{path}: expected a message log (u32 length + message, at most 4 GiB), "
-                f"found {len(self._all)} messages in the first {used} of {len(self.buffer)} bytes"
-            )
-        self._cumulative_words = np.concatenate(([0], np.cumsum(words_of(self._all))))
-        self._next = 0
-        self.spans: NDArray[Any] = self._all[:0]
-
-    @property
-    def left(self) -> bool:
-        return self._next < len(self._all)
-
-    def fill(self, words: int, per_message: int, window: int) -> int:
-        """Set `spans` to the next messages, at least one, of at most `words` words in all. Returns their number."""
-        total = self._cumulative_words[self._next] + words
-        end = int(np.searchsorted(self._cumulative_words, total, side="right")) - 1
-        end = min(max(end, self._next + 1), len(self._all))
-        self.spans = self._all[self._next : end]
-        self._next = end
-        return len(self.spans)
-
-    def jump(self, seconds: int) -> None:
-        raise FileError("recorded messages keep their times")
-
-    def restart(self) -> None:
-        raise FileError("recorded messages keep their times")
-
-
-def words_of(spans: NDArray[Any]) -> NDArray[np.int64]:
-    """Return the number of words of each board message, from the messages' lengths."""
-    words: NDArray[np.int64] = np.maximum(spans["length"].astype(np.int64) - 8, 0) // 16
-    return words

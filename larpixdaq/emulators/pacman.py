@@ -17,9 +17,10 @@ import zmq
 from larpixdaq import config
 from larpixdaq._native import board_emulator
 from larpixdaq.emulators import detector, revisions
-from larpixdaq.emulators.board import BATCH, QUEUE, EmulatedBoard, FaultPlan, Faults, MessageSource, Recording
+from larpixdaq.emulators.board import BATCH, QUEUE, EmulatedBoard, FaultPlan, Faults, MessageSource
 from larpixdaq.emulators.board_registers import BoardRegisters
 from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT
+from larpixdaq.emulators.recording import Recording
 from larpixdaq.emulators.tile import EmulatedTile, TileBoard
 from larpixdaq.errors import ConfigError, UsageError
 from larpixdaq.runtime.event_loop import Signals
@@ -196,7 +197,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--replay",
         type=Path,
         metavar="FILE",
-        help="send the messages of this log (u32 length + message), byte for byte",
+        help="send the messages of this file, byte for byte: raw HDF5 or a log (u32 length + message); or of a packet "
+        "file, whose rows become messages again. Each board sends those of its io_group; a log has none, and each "
+        "board sends all of it",
     )
     fraction: dict[str, Any] = {"type": detector.fraction, "default": 0.0, "metavar": "F"}
     add("--seed", type=int, default=0, metavar="S", help="seed of the random numbers (default 0)")
@@ -338,7 +341,7 @@ def _ports(ports: list[int], n: int) -> list[int]:
 
 def _message_source(args: argparse.Namespace, io_group: int) -> MessageSource:
     if args.replay:
-        return Recording(args.replay)
+        return Recording(args.replay, io_group, tuple(args.groups))
     return board_emulator.PacmanBoard(
         ASICS[args.asic],
         rate=args.rate or SATURATED_RATE,

@@ -98,6 +98,9 @@ E_LOG: Final = "e-log"
 CONVERTED: Final = "converted from"
 #: Name of the text with the number of chunks that came packed, and were written without being unpacked.
 UNREAD: Final = "unread chunks"
+#: Names of the texts that say of which rows of which files a part was made, and which boards it has (repartition.py).
+MADE_FROM: Final = "made from"
+ONLY_GROUPS: Final = "only io_groups"
 TEXTS: Final = np.dtype([("name", "S64"), ("piece", "<u4"), ("text", f"S{TEXT_BYTES}"), ("written_ns", "<u8")])
 #: 256 bytes hold any constants.Name.
 PRODUCERS: Final = np.dtype([("name", "S256")])

@@ -311,41 +311,44 @@ class MessageMaker:
         return data, spans
 
 
-class _Writer:
-    """A raw file being written."""
+class MessageWriter:
+    """A raw file being written: /msgs and /msg_headers, and what else is put into `file`."""
 
     def __init__(self, path: Path) -> None:
         # Without HDF5's lock, which some file systems do not have: the lock of make_raw() keeps others away.
-        self._file = h5py.File(path, "x", libver=layout.LIBVER, locking=False)
+        self.file = h5py.File(path, "x", libver=layout.LIBVER, locking=False)
         options: dict[str, Any] = {"shape": (0,), "maxshape": (None,), "chunks": (_CHUNK,), "compression": "gzip"}
-        self._messages = self._file.create_dataset("msgs", dtype=h5py.vlen_dtype(np.uint8), **options)
-        self._headers = self._file.create_dataset("msg_headers", dtype=np.dtype([("io_groups", "u1")]), **options)
+        self._messages = self.file.create_dataset("msgs", dtype=h5py.vlen_dtype(np.uint8), **options)
+        self._headers = self.file.create_dataset("msg_headers", dtype=np.dtype([("io_groups", "u1")]), **options)
         self._memory_type = h5py.h5t.vlen_create(h5py.h5t.NATIVE_UINT8)
         self.messages = self.bytes = 0
 
-    def add(self, messages: _Messages) -> None:
-        """Append messages. By length and address of each, because an array of Python for each would be slow."""
-        count = len(messages.spans)
+    def add(self, data: NDArray[np.uint8], spans: NDArray[Any], io_groups: NDArray[np.uint8]) -> None:
+        """Append messages: their bytes, spans (dtype schema.SPAN) and io_groups.
+
+        By length and address of each, because an array of Python for each would be slow.
+        """
+        count = len(spans)
         references = np.empty(count, _REFERENCE)
-        references["length"] = messages.spans["length"]
-        references["address"] = messages.data.ctypes.data + messages.spans["start"].astype(np.uintp)
+        references["length"] = spans["length"]
+        references["address"] = data.ctypes.data + spans["start"].astype(np.uintp)
         for dataset in (self._messages, self._headers):
             dataset.resize((self.messages + count,))
         place = self._messages.id.get_space()
         place.select_hyperslab((self.messages,), (count,))
         self._messages.id.write(h5py.h5s.create_simple((count,)), place, references, self._memory_type)
-        self._headers["io_groups", self.messages :] = messages.io_groups
+        self._headers["io_groups", self.messages :] = io_groups
         self.messages += count
-        self.bytes += len(messages.data)
+        self.bytes += len(data)
 
     def finish(self, ledger: NDArray[Any], attributes: dict[str, Any]) -> None:
-        table = self._file.create_dataset("ledger/raw", data=ledger)
+        table = self.file.create_dataset("ledger/raw", data=ledger)
         table.attrs["columns"] = columns.attribute("ledger/raw", LEDGER)
-        self._file.create_group("meta").attrs.update(attributes)
+        self.file.create_group("meta").attrs.update(attributes)
         self.close()
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
 
 def raw_path(packets: Path) -> Path:
@@ -538,12 +541,12 @@ def _write(file: DataFile, path: Path, part: Path) -> RawReport:
     reason = ""
     for form in _FORMATS[file.layout.code if file.layout is not None else 2]:
         try:
-            writer = _Writer(part)
+            writer = MessageWriter(part)
             try:
                 maker = MessageMaker(file, form)
                 for messages in maker.messages():
                     _check_room(path.parent)
-                    writer.add(messages)
+                    writer.add(*messages)
                 ledger = maker.ledger
                 writer.finish(ledger, _attributes(file, form))
             finally:

@@ -89,8 +89,8 @@ class DataFile:
 
     def _open(self) -> h5py.File:
         check_link(self.path)
-        if not self.path.is_file():
-            reason = "is not a file" if self.path.exists() else "there is no such file"
+        if not os.path.isfile(self.path):
+            reason = "is not a file" if os.path.exists(self.path) else "there is no such file"
             raise FileError(f"cannot open {self.path}: {reason}")
         try:
             return open_hdf5(self.path)
@@ -232,6 +232,27 @@ class DataFile:
     def attribute(self, group: str, name: str) -> Any:
         return self._guard(f"attribute {name} of /{group}", lambda: self._file[group].attrs[name])
 
+    def foreign_table(self, name: str) -> NDArray[Any] | None:
+        """Read a table of any columns, which another program may have written; None if there is none."""
+        rows: NDArray[Any] | None = self._guard(
+            f"/{name}", lambda: self._dataset(name)[:] if name in self._file else None
+        )
+        return rows
+
+    def copy_attributes(self, name: str, target: Any, *, missing: bool = False) -> None:
+        """Copy the attributes of a group or dataset to an object of another file. `missing`: it may be absent."""
+
+        def copy() -> None:
+            if not missing or name in self._file:
+                target.attrs.update(self._file[name].attrs)
+
+        self._guard(f"attributes of /{name}", copy)
+
+    def made_from(self) -> list[str]:
+        """Return of which rows of which files a file without /run was made, by the tools of larpix-daq."""
+        lines = self._guard("/_header", lambda: self._file["_header"].attrs.get("made_from", ()))
+        return [str(line) for line in np.atleast_1d(np.asarray(lines, object))]
+
     def crc32(self, name: str) -> int:
         """Compute the CRC-32 of a table's bytes, as in /run/checksums."""
         return self._guard(f"/{name}", lambda: layout.table_crc32(self._dataset(name)))
@@ -320,7 +341,7 @@ def open_hdf5(path: Path) -> h5py.File:
             with contextlib.suppress(OSError):
                 fcntl.flock(file.id.get_vfd_handle(), fcntl.LOCK_UN)
         return file
-    part = _AbandonedPart(path, superblock)
+    part = PatchedFile(path, repair.closed_superblock(superblock, path.stat().st_size))
     try:
         return h5py.File(part, "r")
     except BaseException:
@@ -328,12 +349,12 @@ def open_hdf5(path: Path) -> h5py.File:
         raise
 
 
-class _AbandonedPart(io.FileIO):
-    """Read-only view of a part whose writer died, with the superblock of a closed file in place of its own."""
+class PatchedFile(io.FileIO):
+    """Read-only view of a file with other first bytes: of a part whose writer died, with a closed superblock."""
 
-    def __init__(self, path: Path, superblock: repair.Superblock) -> None:
+    def __init__(self, path: Path, start: bytes) -> None:
         super().__init__(path, "rb")
-        self._superblock = repair.closed_superblock(superblock, os.fstat(self.fileno()).st_size)
+        self._start = start
 
     def __del__(self) -> None:
         self.close()  # h5py drops its reference when its file is closed
@@ -341,8 +362,8 @@ class _AbandonedPart(io.FileIO):
     def readinto(self, buffer: Any) -> int:
         start = self.tell()
         size = super().readinto(buffer)
-        if start < len(self._superblock):
-            replaced = self._superblock[start : start + size]
+        if start < len(self._start):
+            replaced = self._start[start : start + size]
             memoryview(buffer).cast("B")[: len(replaced)] = replaced
         return size
 

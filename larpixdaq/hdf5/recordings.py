@@ -411,6 +411,15 @@ class PacketFile:
         rows["known"][:, : registers.shape[1]] = SENT
         return asic, rows
 
+    @property
+    def has_diagnostics(self) -> bool:
+        """Whether the first packets are decoded in the mode fifo diagnostics."""
+        if "fifo_diagnostics_enabled" not in self._packets.dtype.names:
+            return False
+        rows = self._read_piece(0)
+        diagnostics = rows["fifo_diagnostics_enabled"][rows["packet_type"] < PacketType.TIMESTAMP]
+        return bool(len(diagnostics) and diagnostics.mean() > 0.5)
+
     def io_groups(self, default: int) -> tuple[int, ...]:
         """Return the io_groups of the first rows; `default` is that of rows without an io_group."""
         rows = self._read_piece(0)

@@ -7,6 +7,7 @@ agrees with the rows. The parity of every word is computed again from its row. P
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -130,7 +131,7 @@ def verify_all(paths: Iterable[Path]) -> FileOutcome:
     reports: dict[Path, VerifyReport] = {}
     listed: dict[Path, bool] = {}  # file -> whether a directory had it
     for path in map(Path, paths):
-        if path.is_dir():
+        if os.path.isdir(path):
             files = [file for _, ending, file in names.run_files(path) if ending != names.JOURNAL]
             if not files:
                 finding = f"{path} is not a file, and holds no file of a run"
@@ -221,6 +222,9 @@ def _verify_own(file: DataFile, findings: Findings, notes: list[str]) -> str:
             notes.append(f"condition {condition}")
         elif condition != RunCondition.COMPLETE:
             findings.add(f"unknown condition {condition!r}")
+        notes += [f"made from {line}" for line in texts.get(layout.MADE_FROM, [])]
+        if only := texts.get(layout.ONLY_GROUPS):
+            notes.append(f"has only the rows of io_group {only[-1]}, and INFO messages: verified as far as these go")
         if layout.UNREAD in texts:
             notes.append(f"{texts[layout.UNREAD][-1]} chunks came packed, and had not been unpacked when it was closed")
     parity = ParityCheck(file)
@@ -291,7 +295,10 @@ def _verify_foreign(file: DataFile, findings: Findings, notes: list[str]) -> Non
     checked = "structure and parity were checked"
     if parity.unchecked_reason:
         checked = f"structure was checked, parity was not: {parity.unchecked_reason}"
-    notes.append(f"no ledger: the file was not written by larpix-daq; only {checked}")
+    made_from = file.made_from()
+    notes += [f"made from {line}" for line in made_from]
+    what = "made of files" if made_from else "the file was"
+    notes.append(f"no ledger: {what} not written by larpix-daq; only {checked}")
     column = schema.type_column(file.dtype)
 
     def check(first: int) -> tuple[int, ParityCounts]:

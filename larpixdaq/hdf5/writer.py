@@ -474,15 +474,19 @@ class RunFile:
         texts: Mapping[str, str] | None = None,
         ended_ns: int = 0,
         rotated_out_ns: int = 0,
+        damaged: Iterable[str] = (),
+        known: Mapping[str, int] = {},
     ) -> CloseReport:
         """Write the waiting rows, the totals and the condition; the file is then complete, and needs only publish().
 
         aborted: the run was aborted; continued: the run continues in another part; texts: further texts for /run/texts,
         such as "next part"; ended_ns: when RUN ended, unix ns; 0: not yet, or unknown; rotated_out_ns: when a rotation
-        opened the next part, unix ns; 0: no rotation did.
+        opened the next part, unix ns; 0: no rotation did; damaged: lines about damage of the files whose blocks were
+        added; known: columns of /run/info that are taken from those files.
         FileError when the disk fails: part and journal then stay for recovery.
         """
         self._check_usable()
+        self._damaged += damaged
         accounts = list(self._accounts.values())
         condition, reasons = ledger.verdict(
             accounts,
@@ -521,6 +525,8 @@ class RunFile:
             info["rows"], info["blocks"] = self.rows, self._tables.blocks
             info["duplicate_blocks"] = self.duplicate_blocks
             info["missing_blocks"] = sum(account.missing_blocks for account in accounts)
+            for name, value in known.items():
+                info[name] = value
             self._file["run/info"][:] = info
             if not in_place(self._descriptor(), self.path):
                 self._unlinked = os.dup(self._descriptor())
@@ -640,9 +646,13 @@ def live_ns(file: Any, info: Any, *, rotated_in_ns: int, rotated_out_ns: int) ->
     start = rotated_in_ns if rotated_in_ns and rotated_in_ns - first < _LAG_NS else min(first, int(info["opened_ns"]))
     start = max(start, int(info["begun_ns"]))
     stop = int(info["ended_ns"]) or (rotated_out_ns if rotated_out_ns and rotated_out_ns - last < _LAG_NS else last)
-    gaps = np.sort(file["ledger/gaps"][:], order="first_ns")
+    return live_between(start, stop, file["ledger/gaps"][:])
+
+
+def live_between(start: int, stop: int, gaps: NDArray[Any]) -> int:
+    """Return the ns between two times without those in which rows were dropped. `gaps`: rows of /ledger/gaps."""
     live, at = max(0, stop - start), start
-    for begin, end in gaps[["first_ns", "last_ns"]].tolist():
+    for begin, end in np.sort(gaps, order="first_ns")[["first_ns", "last_ns"]].tolist():
         begin, end = max(begin, at), min(end, stop)
         if end > begin:
             live, at = live - (end - begin), end

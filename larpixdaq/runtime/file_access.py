@@ -146,7 +146,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 def check_link(path: Path) -> None:
     """Raise FileError if the path is a link out of its directory, because another user may have made the link."""
-    if path.is_symlink():
+    if os.path.islink(path):
         target = path.resolve()
         if target.parent != path.parent.resolve():
             raise FileError(f"{path}: is a link out of its directory, to {target}: name that file instead")

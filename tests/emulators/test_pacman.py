@@ -11,11 +11,11 @@ import sys
 import numpy as np
 import pytest
 import zmq
-from emulated_board import context, emulator, subscriber
+from emulated_board import context, drain, emulator, subscriber
 from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import LIMIT, until
+from processes import LIMIT
 from recorded_data import shared_data
 
 from larpixdaq import emulators, schema
@@ -202,20 +202,6 @@ def test_pace():
 # --- the process
 
 
-def drain(socket, done):
-    got = []
-
-    def turn():
-        for _ in range(1000):
-            if not socket.poll(20):
-                break
-            got.append(socket.recv())
-        return done(got)
-
-    until(turn, "the emulator's messages")
-    return got
-
-
 @pytest.mark.parametrize("per_message", ["auto", "1", "1000"])
 def test_every_counted_word_arrives(per_message):
     """Two lossless boards: each subscriber gets every word that the emulator has counted."""
@@ -359,7 +345,7 @@ def test_invalid_message_logs(capsys, tmp_path):
         path.write_bytes(content)
         status, text = refused(capsys, "--replay", str(path))
         assert (status, text.count("\n")) == (1, 1)
-        assert f"{path}: expected a message log" in text
+        assert f"{path}: expected a raw file, a packet file, or a message log" in text
 
 
 @pytest.mark.parametrize(

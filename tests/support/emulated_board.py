@@ -11,14 +11,14 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zmq
-from processes import LIMIT, wait_for_line
+from processes import LIMIT, until, wait_for_line
 
 from larpixdaq.runtime.launcher import command
 
@@ -120,6 +120,21 @@ def subscriber(ctx: Sockets, port: int, topic: bytes = b"") -> zmq.Socket[bytes]
 
 
 WRITE, READ = 2, 3
+
+
+def drain(socket: zmq.Socket[bytes], done: Callable[[list[bytes]], bool]) -> list[bytes]:
+    """Receive messages until `done(messages)`."""
+    got: list[bytes] = []
+
+    def turn() -> bool:
+        for _ in range(1000):
+            if not socket.poll(20):
+                break
+            got.append(socket.recv())
+        return done(got)
+
+    until(turn, "the emulator's messages")
+    return got
 
 
 class OwnAddress(Emulator):

@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import tempfile
 import zlib
 from array import array
@@ -50,12 +51,17 @@ from larpixdaq.hardware.producer_link import ProducerPipe
 from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.hardware.snapshots import SnapshotActions
 from larpixdaq.hdf5 import journal, layout, names
+from larpixdaq.hdf5.comparison import compare
+from larpixdaq.hdf5.export import export
 from larpixdaq.hdf5.hot_channels import dead_channels, hot_channels
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.recordings import MessageLog, PacketFile, open_recording
 from larpixdaq.hdf5.recovery import prepare, recover
+from larpixdaq.hdf5.repartition import Borders, copy_rows, repartition
 from larpixdaq.hdf5.run_report import file_info, positions, survey_run
 from larpixdaq.hdf5.run_summary import summarise
+from larpixdaq.hdf5.salvage import salvage
+from larpixdaq.hdf5.selection import Selection
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.keys import credentials
@@ -64,6 +70,7 @@ from larpixdaq.protocol import control, hardware, io_class, packed_rows, stream
 from larpixdaq.runtime import record_file
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.schema import Asic
+from larpixdaq.sources.raw_check import check_raw
 from larpixdaq.web import open_page, page
 
 ROWS = [
@@ -706,6 +713,38 @@ def read_run(path: Path) -> None:
         run.refresh()
 
 
+def use_tools(path: Path) -> None:
+    """Let each tool read a file, and write others of it, of which nothing is left when it fails."""
+    with documented(FileError):
+        compare(path, path)
+    for line in check_raw(path).findings:
+        assert line
+        assert "\n" not in line
+    new = path.parent / "new"
+
+    def copy(directory: Path) -> None:
+        copy_rows([path], directory / "x.h5", "split", 3, 200)
+
+    def divide(directory: Path) -> None:
+        repartition([path], directory, Borders(rows=300), "split")
+
+    def write(directory: Path) -> None:
+        with DataFile(path) as file:
+            export(file, directory / "x.csv", "csv", Selection(types=(0, 4), channels=(1, 2)))
+
+    for tool in (lambda directory: salvage(path, directory), copy, divide, write):
+        new.mkdir()
+        try:
+            with documented(FileError):
+                try:
+                    tool(new)
+                except FileError:
+                    assert list(new.iterdir()) == []
+                    raise
+        finally:
+            shutil.rmtree(new)
+
+
 def replay(path: Path) -> None:
     """Read a file as a recording."""
     with documented(FileError, ConfigError):
@@ -744,6 +783,7 @@ def finished(data: bytes) -> None:
                     [(name, len(opened[name]), layout.table_crc32(opened[name])) for name in layout.CHECKED], sums.dtype
                 )
         inspect(file)
+        use_tools(file)
 
 
 def unfinished(data: bytes) -> None:
@@ -812,6 +852,7 @@ def recording(data: bytes) -> None:
             made["packets"] = np.frombuffer(given.left[: n * kinds.itemsize], kinds)
             made["messages"] = np.frombuffer(messages[: len(messages) // 76 * 76], layout.MESSAGES)
         inspect(file)
+        use_tools(file)
 
 
 def raw_recording(data: bytes) -> None:
@@ -824,6 +865,7 @@ def raw_recording(data: bytes) -> None:
             made.create_dataset("msgs", (len(messages),), kind)[:] = [np.frombuffer(m, np.uint8) for m in messages]
             made["msg_headers"] = np.array([(len(m) % 256,) for m in messages], [("io_groups", "u1")])
         replay(file)
+        use_tools(file)
         file = path / "log"
         file.write_bytes(data[1:])
         with documented(FileError):

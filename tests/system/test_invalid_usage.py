@@ -200,7 +200,7 @@ def test_invalid_files(tmp_path: Path, kind: str, words: str, capsys: pytest.Cap
         "larpixdaq fly",
         "larpixdaq verify",
         "larpixdaq info",
-        "larpixdaq info a b",
+        "larpixdaq info",
         "larpixdaq up",
         "larpixdaq up --host daq1 --fake",
         "larpixdaq up --fake --address nonsense:zz",
