@@ -22,6 +22,7 @@ from larpixdaq.hdf5 import names, repartition
 from larpixdaq.hdf5 import verify as verification
 from larpixdaq.hdf5.comparison import Comparison, compare
 from larpixdaq.hdf5.export import FORMATS, export
+from larpixdaq.hdf5.growing import follow
 from larpixdaq.hdf5.new_file import check_new
 from larpixdaq.hdf5.reader import DataFile, text
 from larpixdaq.hdf5.recordings import copy_columns
@@ -47,6 +48,12 @@ def add_commands(commands: Any) -> None:
         json_help="print one JSON object for each row instead of text",
     )
     add_arguments(parser)
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="go on with a run that is being written until it ends, over its further parts, with rows that only a "
+        "journal has: PATH is one of its files, or a directory, of which the newest run is taken",
+    )
     parser.set_defaults(function=cat)
     parser = _parser(
         commands,
@@ -207,6 +214,8 @@ def _each(paths: Sequence[Path], quiet: bool, do: Callable[[Path], tuple[bool, l
 
 def cat(options: argparse.Namespace) -> int:
     chosen, ok = selection(options), True
+    if options.follow:
+        return _follow(options, chosen)
     for path in packet_files(options.paths, unfinished=True):
         try:
             with DataFile(path) as file:
@@ -222,6 +231,38 @@ def cat(options: argparse.Namespace) -> int:
             ok = False
             print(printable(f"larpixdaq: {error}"), file=sys.stderr)
     return 0 if ok else 1
+
+
+def _follow(options: argparse.Namespace, chosen: Selection) -> int:
+    """Show the rows of a growing run until it ends."""
+    if len(options.paths) != 1 or chosen.stop is not None:
+        raise UsageError("--follow goes with one PATH, and without an end of --rows")
+    show: RowText | None = None
+    path: Path | None = None
+    lines: list[str] = []
+
+    def message(number: int) -> str | None:
+        return lines[number] if number < len(lines) else None
+
+    for found in follow(options.paths[0], chosen.start):
+        if found is None:
+            sys.stdout.flush()
+            continue
+        file, first, rows, lines = found
+        if show is None or file.path != path:
+            path = file.path
+            show = RowText(path, file.dtype, file.version, own=True, as_json=options.json, message=message)
+            if not options.json:
+                print(printable(f"{path}:"))
+                print(f"{'row':>12}  {packet_text.HEADER}")
+        numbers = np.arange(first, first + len(rows))
+        if chosen.by_content:
+            mask = chosen.mask(rows)
+            rows, numbers = rows[mask], numbers[mask]
+        for start in range(0, len(rows), _PIECE):
+            stop = start + _PIECE
+            sys.stdout.write("".join(f"{line}\n" for line in show.lines(rows[start:stop], numbers[start:stop])))
+    return 0
 
 
 class RowText:

@@ -27,7 +27,8 @@ from larpixdaq.hdf5.selection import Selection
 T = TypeVar("T")
 #: Rows of a group of a Parquet file: programs read whole groups.
 GROUP_ROWS: Final = 16 * PIECE_ROWS
-#: Columns of times, whose differences are small; other columns have few values, and are stored by a dictionary.
+#: Columns of times, which are stored byte by byte, as HDF5's shuffle does; other columns have few values, and are
+#: stored by a dictionary.
 _TIMES: Final = ("timestamp", "receipt_timestamp")
 #: Rows that become text at once.
 _TEXT_ROWS: Final = 4096
@@ -126,7 +127,7 @@ def _write_parquet(file: DataFile, path: Path, dtype: np.dtype[Any], pieces: Ite
         "compression": "zstd",
         "compression_level": 1,
         "use_dictionary": [name for name in dtype.names or () if name not in times],
-        "column_encoding": dict.fromkeys(times, "DELTA_BINARY_PACKED"),
+        "column_encoding": dict.fromkeys(times, "BYTE_STREAM_SPLIT"),
         "write_statistics": times,
     }
     rows = 0
