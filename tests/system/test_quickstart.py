@@ -95,12 +95,12 @@ def steps() -> Iterator[tuple[str, str, str]]:
 
 
 def missing_line(promised: str, printed: str) -> str:
-    """Return the first promised line that was not printed, in their order; "" if all were."""
-    found = iter(printed.splitlines())
+    """Return the first promised line that was not printed; "" if all were, in any order: that of components differs."""
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
     for line in filter(lambda line: line != "…", promised.splitlines()):
         words = [re.escape(" ".join(part.split())) for part in line.split("…")]
         pattern = re.compile(r"\s*.*?\s*".join(words) + r"\s*")
-        if not any(pattern.fullmatch(" ".join(other.split())) for other in found):
+        if not any(pattern.fullmatch(other) for other in lines):
             return line
     return ""
 
