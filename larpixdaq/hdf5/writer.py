@@ -352,10 +352,12 @@ class RunFile:
         `pressed`: write all waiting blocks, because half of the stream's window is used.
         """
         self._check_usable()
-        if self._batch.full_chunks >= chunk_writer.LEAST and self._is_due(pressed):
-            self._try(lambda: self._write_batch(self._batch.write()))
         if self._is_due(pressed):
-            self._write_journal()
+            # Once, because the journal cannot have blocks of a batch with this many full chunks (Batch.pieces).
+            if self._batch.full_chunks >= chunk_writer.LEAST:
+                self._try(lambda: self._write_batch(self._batch.write()))
+            if self._is_due(pressed):
+                self._write_journal()
         if self.rows > self._visible_rows and monotonic() >= self._show_time + SHOW_INTERVAL:
             self._try(self._show)
 

@@ -1,5 +1,6 @@
 """The writer of files: content, durability, names; files are read by plain h5py, larpix-control and h5dump."""
 
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from file_builder import CLOCK64, NS, V1, V2, V3, Feed, random_rows, run_info, w
 from file_builder import packed_rows as packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import wait_for_line
+from processes import until, wait_for_line
 
 from larpixdaq import constants, schema
 from larpixdaq._native import hdf5_chunks
@@ -498,6 +499,27 @@ def test_blocks_wait_for_their_batch(tmp_path, monkeypatch):
     assert file.close().condition == "COMPLETE"
     with pytest.raises(FileError, match="is closed"):
         file.work()
+
+
+def test_a_block_that_becomes_due_meanwhile_waits_for_the_next_turn(tmp_path, monkeypatch):
+    """Full chunks that are packed have no rows any more, which the journal would need."""
+    ticks = itertools.count()
+    now, step = 100.0, 0.0
+    monkeypatch.setattr(writer, "monotonic", lambda: now + step * next(ticks))
+    feed, rng = Feed(), np.random.default_rng(1)
+    file = RunFile(tmp_path, run_info())
+    for _ in range(7):
+        file.add(*feed.block(random_rows(rng, constants.BLOCK_ROWS)))
+    until(lambda: file._batch._release_rows() or file._batch._chunks[0].rows is None, "the chunks to be packed")
+    for moment in range(-5, 6):  # in microseconds, around the time at which the blocks are due
+        ticks, now, step = itertools.count(), 100.0 + writer.WAIT + moment * 1e-6, 1e-6
+        file.work()
+        if file.durable:
+            break
+    assert file.durable == {feed.origin: 7}
+    assert file.path.with_suffix(".journal").stat().st_size == 0
+    file.end(feed.end())
+    assert file.close().condition == "COMPLETE"
 
 
 def test_full_chunks_of_blocks_that_have_waited_are_written_and_not_journaled(tmp_path, monkeypatch):
