@@ -503,6 +503,7 @@ def test_blocks_wait_for_their_batch(tmp_path, monkeypatch):
 
 def test_a_block_that_becomes_due_meanwhile_waits_for_the_next_turn(tmp_path, monkeypatch):
     """Full chunks that are packed have no rows any more, which the journal would need."""
+    monkeypatch.setattr(chunk_writer, "MOST", 12)
     ticks = itertools.count()
     now, step = 100.0, 0.0
     monkeypatch.setattr(writer, "monotonic", lambda: now + step * next(ticks))
