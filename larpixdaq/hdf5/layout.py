@@ -277,8 +277,9 @@ def reopen(path: Path) -> h5py.File:
     try:
         try:
             return open_swmr()
-        except OSError:
-            if can_lock(path):
+        except OSError as error:
+            # A reader of another process holds HDF5's lock, but it cannot write. The journal's lock keeps writers away.
+            if error.errno != errno.EAGAIN and can_lock(path):
                 raise
             access.set_file_locking(False, False)
             return open_swmr()

@@ -17,7 +17,7 @@ from example_counts import examples
 from file_builder import NS, Feed, random_rows, run_info
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import wait_for_line
+from processes import LIMIT, until, wait_for_line
 
 from larpixdaq import cli, constants, schema
 from larpixdaq._native import hdf5_chunks
@@ -765,3 +765,24 @@ def test_a_part_is_opened_for_recovery_when_another_thread_has_read_it(tmp_path)
     threading.Timer(0.1, reader.close).start()
     layout.reopen(path).close()
     assert not reader
+
+
+READER = """
+import sys, h5py
+with h5py.File(sys.argv[1], "r", swmr=True) as file:
+    print(file["packets"].shape[0], flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_reader_of_another_process_does_not_hinder_a_recovery(tmp_path):
+    """Plain h5py keeps HDF5's lock on the part while it reads."""
+    file, feed = RunFile(tmp_path, run_info()), Feed()
+    file.add(*feed.block(random_rows(np.random.default_rng(1), 1000)))
+    until(lambda: file.work() or file.durable, "the block to be durable")
+    command = [sys.executable, "-c", READER, str(file.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as reader:
+        assert wait_for_line(reader) == "0"
+        file.abandon()
+        assert recover(file.path).rows == 1000
+        reader.communicate(b"\n", timeout=LIMIT)
