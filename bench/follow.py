@@ -54,8 +54,8 @@ def main() -> None:
     for rate in options.rates:
         first, median, last, count = measure(rate, options.seconds)
         print(
-            f"{rate:9.0f} words/s: first line after {first:.2f} s; a row at most {median:.2f} s after it was sent, the "
-            f"last {last:.2f} s; {count} lines"
+            f"{rate:9.0f} words/s: first line after {first:.2f} s; the median row at most {median:.2f} s after it was "
+            f"sent, the latest {last:.2f} s; {count} lines"
         )
 
 
