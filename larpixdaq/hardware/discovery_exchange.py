@@ -54,8 +54,10 @@ class LinkRegisters:
         always: dict[str, Any] = {}
         if registers.version == 2:
             always["enable_miso_differential"] = [1] * 4
-        always |= {f"i_tx_diff{uart}": 0 for uart in range(4) if f"i_tx_diff{uart}" in names}
-        always |= {f"tx_slices{uart}": 15 for uart in range(4) if f"tx_slices{uart}" in names}
+        lines = {"i_tx_diff": 0, "tx_slices": 15} | registers.lines
+        always |= {
+            f"{name}{uart}": value for name, value in lines.items() for uart in range(4) if f"{name}{uart}" in names
+        }
         closed = registers.defaults[None, :].copy()
         changed = registers.change(closed, always | {named[0]: [0] * 4, named[1]: [0] * 4}).tolist()
         self.id, self.up, self.down, self.mark = (names[name][0] for name in ("chip_id", *named))

@@ -74,6 +74,11 @@ class ChipRegisters:
 
             self.version, self._class = register_tables.LARPIX_CONTROL_VERSION, register_tables.CONFIGURATIONS[asic]
             counted = self._class.counted
+        #: Settings of a link's lines that differ from those of larpix-control, for each UART: r_term and those of
+        #: its init_network().
+        self.lines: dict[str, int] = dict(getattr(self._class, "link_options", {}))
+        if (termination := getattr(self._class, "termination", None)) is not None:
+            self.lines["r_term"] = termination
         self._scratch: Any = None
         self.count: int = self._class.num_registers
         self.names: list[str] = []
