@@ -220,6 +220,7 @@ def test_messages_are_received_in_one_place():
         "hardware/child.py",
         "sources/io_class_child.py",
         "emulators/board.py",
+        "storage/convert.py",
     }
 
 

@@ -270,7 +270,7 @@ def test_boards_of_all_revisions_are_powered_in_one_system(tmp_path):
         ),
         ("list_routines", {"x" * 100_000: 1}, "; expected list_routines()"),
         ("load_routines", {"directory": 3}, "load_routines: expected the name of a directory, found 3"),
-        ("run_routine", {"name": "no"}, "no routine 'no'; there are calibrate, gain, hello_world, hot_channels"),
+        ("run_routine", {"name": "no"}, "no routine 'no'; there are calibrate, discover_network, gain, hello_world"),
         ("read_configuration", {"chip": "1-1-2"}, "chip 1-1-2: no answer"),
         ("send_configuration", {"updates": 3}, "send_configuration: expected {chip: {register: value}}"),
         ("send_configuration", {}, "missing a required argument: 'updates'"),
