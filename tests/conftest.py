@@ -11,8 +11,8 @@ from system import System, system
 
 from larpixdaq.operator import Operator
 
-# CI uses the fixed and large profiles, whose examples are the same in each run, so that a failure is that of the change.
-# Examples have no deadline, because bench/ measures the speed.
+# CI uses the fixed and large profiles, whose examples are the same in each run, so that a failure is that of the
+# change. Examples have no deadline, because bench/ measures the speed.
 settings.register_profile("small", deadline=None, max_examples=25)
 settings.register_profile("fixed", deadline=None, max_examples=25, derandomize=True)
 settings.register_profile("large", deadline=None, max_examples=50, derandomize=True)
