@@ -9,6 +9,7 @@ journal. So a row that was read keeps its number and its content while the run g
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import threading
@@ -468,37 +469,30 @@ class _Part:
         first: int,
     ) -> NDArray[Any]:
         """Read rows `start` to `stop`, as RowReader.read(). In any thread."""
+        with self._reading() as (file, end, later):
+            pieces = []
+            if start < end:
+                pieces.append(file.select(start, min(stop, end), columns, chosen, stretches, first))
+            for _, row, rows in later:
+                if max(start, row) < min(stop, row + len(rows)):
+                    out = np.empty(len(rows), columns.dtype)
+                    within = stretches or [(start, stop)]
+                    made = take_rows(Chunk(rows.dtype, rows=rows), row, columns, chosen, within, first, out)
+                    pieces.append(columns.result(out, made))
+            return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[_View]:
+        """The present view, which stays open meanwhile."""
         with self._idle:
             self._readings += 1
             view = self.view
         try:
-            return self._read(view, start, stop, columns, chosen, stretches, first)
+            yield view
         finally:
             with self._idle:
                 self._readings -= 1
                 self._idle.notify_all()
-
-    def _read(
-        self,
-        view: _View,
-        start: int,
-        stop: int,
-        columns: Columns,
-        chosen: RowFilter | None,
-        stretches: Sequence[tuple[int, int]] | None,
-        first: int,
-    ) -> NDArray[Any]:
-        file, end, later = view
-        pieces = []
-        if start < end:
-            pieces.append(file.select(start, min(stop, end), columns, chosen, stretches, first))
-        for _, row, rows in later:
-            if max(start, row) < min(stop, row + len(rows)):
-                out = np.empty(len(rows), columns.dtype)
-                within = stretches or [(start, stop)]
-                made = take_rows(Chunk(rows.dtype, rows=rows), row, columns, chosen, within, first, out)
-                pieces.append(columns.result(out, made))
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def stretches(self, begin_ns: float, end_ns: float) -> Iterator[tuple[int, int]]:
         """Find the rows of blocks that arrived, at least in part, in this time (unix ns): joined, in order."""
