@@ -63,10 +63,10 @@ class DataFile:
     """
 
     def __init__(self, path: Path | str, *, own: bool = False, unfinished: bool = False) -> None:
-        """Open a file. `own`: FileError also when larpix-daq did not write it. `unfinished`: its writer may have
-        announced rows for which the disk had no room; these are not counted."""
+        """Open a file. `own`: FileError also when larpix-daq did not write it. `unfinished`: if it is a part, its
+        writer may have announced rows for which the disk had no room; these are not counted."""
         self.path = Path(path)
-        self._unfinished = unfinished
+        self._unfinished = unfinished and self.path.name.endswith(names.PART)
         self._file = self._open()
         # Datasets stay open, because after a refresh a second handle may have a stale index of its chunks (HDF5 2.0).
         self._datasets: dict[str, Any] = {}

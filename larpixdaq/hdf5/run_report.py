@@ -361,7 +361,7 @@ def positions(
 def positions_of_file(path: Path, run: int) -> dict[BlockOrigin, int]:
     """Return the next expected sequence of each origin in one file of this run. FileError as of read_part()."""
     found: dict[BlockOrigin, int] = {}
-    with DataFile(path, own=True, unfinished=path.name.endswith(names.PART)) as file:
+    with DataFile(path, own=True, unfinished=True) as file:
         for name, column in (("run/blocks", "sequence"), ("run/ends", "next")):
             for start in range(0, file.length(name), 65_536):
                 rows = file.table(name, start, start + 65_536)

@@ -250,7 +250,7 @@ def write_run_texts(tables: Tables, info: RunInfo) -> None:
 
 def read_run_info(path: Path) -> RunInfo:
     """Read the description of the run from a part; FileError when it cannot be read."""
-    with DataFile(path, unfinished=path.name.endswith(names.PART)) as file:
+    with DataFile(path, unfinished=True) as file:
         try:
             return make_run_info(file.run_info(), file.texts())._replace(connected=tuple(file.connected()))
         except ValueError as error:
@@ -340,7 +340,7 @@ def _larpix_control_rows(table: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[A
 
 def configurations_of_part(path: Path) -> CarriedConfigurations:
     """Read the newest configurations from a part, closed or not, and its journal; FileError when it cannot be read."""
-    with DataFile(path, unfinished=path.name.endswith(names.PART)) as file:
+    with DataFile(path, unfinished=True) as file:
         producers, tables = list(file.producers), [file.table("run/configs")]
     name = names.parse(path.name)
     assert name is not None
