@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from larpixdaq import schema
 from larpixdaq._native import board_emulator, word_codec
 from larpixdaq._native.decoders import encode_pacman
-from larpixdaq.hdf5.raw_file import _Messages, _Writer
+from larpixdaq.hdf5.raw_file import MessageWriter
 from larpixdaq.runtime.launcher import command
 
 #: Words of a piece that are encoded once and written again and again.
@@ -55,11 +55,11 @@ def raw_file(path: Path, words: int, each: int) -> None:
     """Write a raw file as PACMAN_IO does, in many calls with some messages each."""
     data, spans = encode_pacman(rows_of(min(words, PIECE), each), asic=int(schema.Asic.V2))
     buffer = np.frombuffer(data, np.uint8)
-    writer = _Writer(path)
+    writer = MessageWriter(path)
     for _ in range(words // min(words, PIECE)):
         for first in range(0, len(spans), 4096):
             some = spans[first : first + 4096]
-            writer.add(_Messages(buffer, some, np.ones(len(some), np.uint8)))
+            writer.add(buffer, some, np.ones(len(some), np.uint8))
     writer.finish(np.zeros(0, schema.NOTICE), {"version": "0.0", "io_version": "0.0", "created": 0.0, "modified": 0.0})
 
 
