@@ -18,7 +18,7 @@ from raw_files import packet_file
 
 from larpixdaq.hdf5.export import FORMATS, export
 from larpixdaq.hdf5.reader import DataFile
-from larpixdaq.hdf5.selection import Selection
+from larpixdaq.hdf5.row_reader import Selection
 
 
 def peer(packets: Path, target: Path) -> float:

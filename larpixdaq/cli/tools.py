@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,25 +18,27 @@ from numpy.typing import NDArray
 
 from larpixdaq import config, schema
 from larpixdaq.cli.system import plain_console
-from larpixdaq.errors import FileError, LarpixDaqError, UsageError, printable
+from larpixdaq.errors import FileError, LarpixDaqError, RequestError, UsageError, printable
 from larpixdaq.hdf5 import names, repartition
 from larpixdaq.hdf5 import verify as verification
 from larpixdaq.hdf5.comparison import Comparison, compare
 from larpixdaq.hdf5.export import FORMATS, export
-from larpixdaq.hdf5.growing import follow
 from larpixdaq.hdf5.new_file import check_new
 from larpixdaq.hdf5.reader import DataFile, text
 from larpixdaq.hdf5.recordings import copy_columns
 from larpixdaq.hdf5.repartition import Borders, NewPart
-from larpixdaq.hdf5.selection import Selection, add_arguments, selection
+from larpixdaq.hdf5.row_reader import Chunk, RowFilter, Selection
+from larpixdaq.hdf5.run_reader import follow_parts
 from larpixdaq.monitor import packet_text
 from larpixdaq.runtime.file_access import add_lock_dir_argument, lock_directory
 from larpixdaq.runtime.units import parse_positive_duration, parse_whole, size, utc
-from larpixdaq.schema import ASICS, PacketType
+from larpixdaq.schema import ASICS, PacketType, parse_key
 from larpixdaq.sources.raw_check import RawCheck, check_raw
 
 #: Rows that are shown at once.
 _PIECE: Final = schema.CHUNK_ROWS
+#: Names of types for people: `config_write` and `config-write`.
+_TYPE_NAMES: Final = {kind.name.lower(): int(kind) for kind in PacketType}
 
 
 def add_commands(commands: Any) -> None:
@@ -47,7 +50,7 @@ def add_commands(commands: Any) -> None:
         several="a file, or a directory of runs",
         json_help="print one JSON object for each row instead of text",
     )
-    add_arguments(parser)
+    _add_selection(parser)
     parser.add_argument(
         "--follow",
         action="store_true",
@@ -111,7 +114,7 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--format", choices=FORMATS, required=True, help="format and ending of the new files")
     parser.add_argument("--columns", type=_columns, default=(), metavar="NAME,...", help="only these columns")
-    add_arguments(parser)
+    _add_selection(parser)
     _add_output(parser, required=False)
     parser.set_defaults(function=export_files)
     parser = _parser(
@@ -174,6 +177,75 @@ def _columns(text: str) -> tuple[str, ...]:
     return columns
 
 
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    """Add the options that select rows."""
+    add = parser.add_argument
+    known = ", ".join(name.replace("_", "-") for name in _TYPE_NAMES)
+    add("--types", type=_types, metavar="TYPE,...", help=f"only rows of these types: {known}, or 0 to 7")
+    add("--io-groups", type=_numbers(255), metavar="N,...", help="only of these io_groups, such as 1,3-5")
+    add("--io-channels", type=_numbers(255), metavar="N,...", help="only packets of these io_channels")
+    add("--chips", type=_chips, metavar="KEY,...", help="only packets of these chips, such as 1-2-11")
+    add("--channels", type=_numbers(255), metavar="N,...", help="only packets of these channels")
+    add(
+        "--rows",
+        type=_range,
+        default=(0, None),
+        metavar="FIRST:END",
+        help="only rows from FIRST to before END, by their number in the file, before other selections; negative "
+        "numbers count from the end: -100: are the last 100 (write --rows=-100:)",
+    )
+
+
+def _selection(options: argparse.Namespace) -> Selection:
+    """Return the selection of parsed options."""
+    return Selection(
+        options.types, options.io_groups, options.io_channels, options.chips, options.channels, *options.rows
+    )
+
+
+def _types(text: str) -> tuple[int, ...]:
+    """Parse names or numbers of packet types. Raises ArgumentTypeError."""
+    kinds = []
+    for name in text.split(","):
+        kind = _TYPE_NAMES.get(name.strip().lower().replace("-", "_").replace(" ", "_"))
+        if kind is None and name.strip() in map(str, range(8)):
+            kind = int(name)
+        if kind is None:
+            known = ", ".join(each.replace("_", "-") for each in _TYPE_NAMES)
+            raise argparse.ArgumentTypeError(f"type {name!r:.40}: expected one of {known}, or 0 to 7")
+        kinds.append(kind)
+    return tuple(kinds)
+
+
+def _chips(text: str) -> tuple[tuple[int, int, int], ...]:
+    """Parse chip keys. Raises ArgumentTypeError."""
+    try:
+        return tuple(parse_key(key.strip()) for key in text.split(","))
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _range(text: str) -> tuple[int, int | None]:
+    """Parse FIRST:END, of which either may be left out. Raises ArgumentTypeError."""
+    match = re.fullmatch(r"\s*(-?\d{1,15})?\s*:\s*(-?\d{1,15})?\s*", text, re.ASCII)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"rows {text!r:.40}: expected FIRST:END, such as 1000:2000 or -100:")
+    return int(match[1] or 0), None if match[2] is None else int(match[2])
+
+
+def _numbers(high: int) -> Any:
+    def parse(text: str) -> tuple[int, ...]:
+        found: list[int] = []
+        for part in text.split(","):
+            match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part, re.ASCII)
+            if match is None or int(match[2] or match[1]) > high or int(match[2] or match[1]) < int(match[1]):
+                raise argparse.ArgumentTypeError(f"{part!r:.40}: expected numbers from 0 to {high}, such as 1,3-5")
+            found += range(int(match[1]), int(match[2] or match[1]) + 1)
+        return tuple(found)
+
+    return parse
+
+
 def packet_files(paths: Sequence[Path], *, unfinished: bool) -> list[Path]:
     """Return the files, and the packet files of runs in the directories, each once.
 
@@ -213,9 +285,9 @@ def _each(paths: Sequence[Path], quiet: bool, do: Callable[[Path], tuple[bool, l
 
 
 def cat(options: argparse.Namespace) -> int:
-    chosen, ok = selection(options), True
+    selection, ok = _selection(options), True
     if options.follow:
-        return _follow(options, chosen)
+        return _follow(options, selection)
     for path in packet_files(options.paths, unfinished=True):
         try:
             with DataFile(path) as file:
@@ -224,44 +296,37 @@ def cat(options: argparse.Namespace) -> int:
                 if not options.json:
                     print(printable(f"{path}: {file.rows} rows"))
                     print(f"{'row':>12}  {packet_text.HEADER}")
-                for first, rows, places in chosen.pieces(file, _PIECE):
-                    numbers = np.arange(len(rows)) if places is None else places
-                    sys.stdout.write("".join(f"{line}\n" for line in show.lines(rows, first + numbers)))
+                chosen = selection.row_filter(file.dtype, path)
+                start, stop, _ = slice(selection.start, selection.stop).indices(file.rows)
+                for low in range(start, stop, _PIECE):
+                    show.write(file.packets(low, min(low + _PIECE, stop)), low, chosen)
         except FileError as error:
             ok = False
             print(printable(f"larpixdaq: {error}"), file=sys.stderr)
     return 0 if ok else 1
 
 
-def _follow(options: argparse.Namespace, chosen: Selection) -> int:
+def _follow(options: argparse.Namespace, selection: Selection) -> int:
     """Show the rows of a growing run until it ends."""
-    if len(options.paths) != 1 or chosen.stop is not None:
+    if len(options.paths) != 1 or selection.stop is not None:
         raise UsageError("--follow goes with one PATH, and without an end of --rows")
     show: RowText | None = None
+    chosen: RowFilter | None = None
     path: Path | None = None
-    lines: list[str] = []
-
-    def message(number: int) -> str | None:
-        return lines[number] if number < len(lines) else None
-
-    for found in follow(options.paths[0], chosen.start):
+    for found in follow_parts(options.paths[0], selection.start):
         if found is None:
             sys.stdout.flush()
             continue
-        file, first, rows, lines = found
-        if show is None or file.path != path:
-            path = file.path
-            show = RowText(path, file.dtype, file.version, own=True, as_json=options.json, message=message)
+        part, first, rows = found
+        if show is None or part.path != path:
+            path, file = part.path, part.file
+            chosen = selection.row_filter(file.dtype, path)
+            show = RowText(path, file.dtype, file.version, own=True, as_json=options.json, message=part.message)
             if not options.json:
                 print(printable(f"{path}:"))
                 print(f"{'row':>12}  {packet_text.HEADER}")
-        numbers = np.arange(first, first + len(rows))
-        if chosen.by_content:
-            mask = chosen.mask(rows)
-            rows, numbers = rows[mask], numbers[mask]
-        for start in range(0, len(rows), _PIECE):
-            stop = start + _PIECE
-            sys.stdout.write("".join(f"{line}\n" for line in show.lines(rows[start:stop], numbers[start:stop])))
+        for low in range(0, len(rows), _PIECE):
+            show.write(rows[low : low + _PIECE], first + low, chosen)
     return 0
 
 
@@ -291,6 +356,12 @@ class RowText:
         known = (each.dtype for each in schema.LAYOUTS if (each.version, each.dtype) == (version, dtype))
         self._layout = next(known, self._layout)
         self._columns = columns
+
+    def write(self, rows: NDArray[Any], first: int, chosen: RowFilter | None) -> None:
+        """Write lines of the chosen rows, None: all. `first`: number of the first row in the file."""
+        places = np.arange(len(rows)) if chosen is None else np.flatnonzero(chosen.chosen(Chunk(rows.dtype, rows=rows)))
+        shown = rows if chosen is None else rows[places]
+        sys.stdout.write("".join(f"{line}\n" for line in self.lines(shown, first + places)))
 
     def lines(self, rows: NDArray[Any], numbers: NDArray[Any]) -> list[str]:
         """Return a line for each row. `numbers`: their numbers in the file."""
@@ -537,7 +608,7 @@ def _remake(
 
 
 def export_files(options: argparse.Namespace) -> int:
-    chosen: Selection = selection(options)
+    chosen = _selection(options)
     paths = packet_files(options.paths, unfinished=True)
     targets = {path: _exported(path, options) for path in paths}
     if len(set(targets.values())) < len(targets):

@@ -7,13 +7,12 @@ file has a line of names. An .npy file is one array of the rows' dtype, which nu
 
 from __future__ import annotations
 
+import contextlib
 import json
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +21,8 @@ from larpixdaq.errors import ConfigError, FileError
 from larpixdaq.hdf5 import columns, run_report
 from larpixdaq.hdf5.new_file import check_room, new_file
 from larpixdaq.hdf5.reader import PIECE_ROWS, DataFile
-from larpixdaq.hdf5.selection import Selection
+from larpixdaq.hdf5.row_reader import Selection
 
-T = TypeVar("T")
 #: Rows of a group of a Parquet file: programs read whole groups.
 GROUP_ROWS: Final = 16 * PIECE_ROWS
 #: Columns of times, which are stored byte by byte, as HDF5's shuffle does; other columns have few values, and are
@@ -59,12 +57,9 @@ def export(file: DataFile, path: Path, form: str, selection: Selection, names: S
             )
     dtype = np.dtype([(name, file.dtype[name].str) for name in names or present])  # without h5py's metadata
     write = FORMATS[form]
-    pieces = _ahead(rows for _, rows, _ in selection.pieces(file, PIECE_ROWS))
-    try:
-        with new_file(path) as part:
-            rows = write(file, part, dtype, _with_room(path.parent, pieces))
-    finally:
-        pieces.close()
+    pieces = file.pieces(selection, names or None)
+    with contextlib.closing(pieces), new_file(path) as part:
+        rows = write(file, part, dtype, _with_room(path.parent, pieces))
     return ExportReport(path, rows, path.stat().st_size)
 
 
@@ -72,44 +67,6 @@ def _with_room(directory: Path, pieces: Iterable[NDArray[Any]]) -> Iterator[NDAr
     for rows in pieces:
         check_room(directory)
         yield rows
-
-
-def _ahead(items: Iterator[T]) -> Any:
-    """Take items in a thread, two ahead, so that the next rows are read while others are written. A generator."""
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(2)
-    stopped = threading.Event()
-
-    def put(item: T | None, error: BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def take() -> None:
-        try:
-            for item in items:
-                if not put(item, None):
-                    return
-            put(None, None)
-        except BaseException as error:
-            put(None, error)
-
-    thread = threading.Thread(target=take, name="reading", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
 
 
 def _write_parquet(file: DataFile, path: Path, dtype: np.dtype[Any], pieces: Iterable[NDArray[Any]]) -> int:

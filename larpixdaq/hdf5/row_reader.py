@@ -8,8 +8,9 @@ for several pieces at a time, because inflating takes most of the time and does 
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from larpixdaq import schema
 from larpixdaq._native.hdf5_chunks import gather
-from larpixdaq.errors import ChecksumError, FormatError, RequestError
+from larpixdaq.errors import ChecksumError, FileError, FormatError, RequestError
 from larpixdaq.hdf5 import layout
 from larpixdaq.protocol.packed_rows import inflate
 from larpixdaq.schema import PacketType
@@ -28,6 +29,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 #: Column with the number of a row, which every selection of columns may name.
 ROW: Final = "row"
+_KEY: Final = re.compile(rb"(\d{1,9})-(\d{1,9})-(\d{1,9})")
 #: Threads that read ahead.
 THREADS: Final = min(len(os.sched_getaffinity(0)), 8)
 #: Minimum rows of a chunk, and maximum bytes of a row, that are read without HDF5.
@@ -37,29 +39,65 @@ _FILTERS: Final = ([h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE], [h5py.h5z
 
 
 class Selection(NamedTuple):
-    """Which rows are wanted. None: all. A row must fit each field that is not None.
+    """Which rows are wanted: by their columns, None: all, and by their numbers. A row must fit each field.
 
-    Rows of types 4 to 7 belong to no chip, and rows of types 2 to 7 to no channel.
+    Rows of types 4 to 7 belong to no io_channel, chip and channel.
     """
 
-    io_groups: frozenset[int] | None = None
-    chips: frozenset[tuple[int, int, int]] | None = None  # io_group, io_channel, chip_id
-    channels: frozenset[int] | None = None
-    types: frozenset[int] | None = None
+    types: Collection[int] | None = None
+    io_groups: Collection[int] | None = None
+    io_channels: Collection[int] | None = None
+    chips: Collection[tuple[int, int, int]] | None = None  # io_group, io_channel, chip_id
+    channels: Collection[int] | None = None
+    #: As of a slice: negative numbers count from the end; `stop` None: to the end.
+    start: int = 0
+    stop: int | None = None
+    #: Whether configuration packets (types 2 and 3) have the channel that stands in their rows, or none.
+    config_channels: bool = True
 
     @classmethod
-    def of(cls, io_group: Any = None, chip: Any = None, channel: Any = None, packet_type: Any = None) -> Selection:
+    def of(
+        cls,
+        io_group: Any = None,
+        io_channel: Any = None,
+        chip: Any = None,
+        channel: Any = None,
+        packet_type: Any = None,
+    ) -> Selection:
         """Make a selection of single values or several. FormatError, which is a ValueError, for impossible ones.
 
         `chip`: keys such as "1-2-3" or (1, 2, 3); `packet_type`: numbers, or names such as "data" or "config read".
+        Rows of types 2 to 7 belong to no channel.
         """
         return cls(
-            _numbers("io_group", io_group), _chips(chip), _numbers("channel", channel), _numbers("type", packet_type)
+            _numbers("type", packet_type),
+            _numbers("io_group", io_group),
+            _numbers("io_channel", io_channel),
+            _chips(chip),
+            _numbers("channel", channel),
+            config_channels=False,
         )
 
     @property
-    def is_everything(self) -> bool:
-        return all(field is None for field in self)
+    def by_content(self) -> bool:
+        """Whether rows are selected by their columns."""
+        return any(field is not None for field in self[:5])
+
+    def row_filter(self, dtype: np.dtype[Any], name: object) -> RowFilter | None:
+        """Return what selects rows with certain columns, by their content; None: all rows.
+
+        FileError if they do not have a column for it. `name`: of the file.
+        """
+        if not self.by_content:
+            return None
+        chosen = RowFilter(self, dtype)
+        if chosen.missing:
+            raise FileError(f"{name}: /packets has no column {chosen.missing}, by which to select")
+        return chosen
+
+
+#: The selection of all rows.
+EVERYTHING: Final = Selection()
 
 
 def _numbers(name: str, given: Any) -> frozenset[int] | None:
@@ -189,58 +227,59 @@ class RowFilter:
     """A selection of rows with certain columns. `missing`: a column that it needs and the rows do not have, or ""."""
 
     def __init__(self, selection: Selection, dtype: np.dtype[Any]) -> None:
-        names = dtype.names or ()
         self._selection = selection
-        self._v1 = "chip_key" in names
         self._type = schema.type_column(dtype)
-        self._channel = "channel" if "channel" in names and "channel_id" not in names else "channel_id"
-        needed = [self._type]
-        if selection.channels is not None:
-            needed.append(self._channel)
-        if selection.io_groups is not None or selection.chips is not None:
-            needed += ["chip_key"] if self._v1 else ["io_group"]
-        if selection.chips is not None and not self._v1:
-            needed += ["io_channel", "chip_id"]
-        self.missing = next((name for name in needed if name not in names), "")
-        self._keys = [b"%d-%d-%d" % key for key in sorted(selection.chips or ())]
+        self._channel = _numeric(dtype, "channel_id", "channel")
+        self._columns = [_numeric(dtype, *names) for names in (("io_group",), ("io_channel",), ("chip_id", "chipid"))]
+        #: Whether io_group, io_channel and chip_id are taken from the chip_key, as in layout 1.0.
+        self._has_keys = self._columns[0] == "" and "chip_key" in (dtype.names or ()) and dtype["chip_key"].kind == "S"
+        wanted = selection
+        needed = [("channel_id", self._channel)] if wanted.channels is not None else []
+        if not self._has_keys:
+            used = (
+                wanted.io_groups is not None or wanted.chips is not None,
+                wanted.io_channels is not None or wanted.chips is not None,
+                wanted.chips is not None,
+            )
+            known = zip(("io_group", "io_channel", "chip_id"), self._columns, used, strict=True)
+            needed += [(name, column) for name, column, is_used in known if is_used]
+        self.missing = next((name for name, column in needed if not column), "")
         self._chips: dict[int, NDArray[np.bool_]] = {}  # io_group -> by io_channel << 8 | chip_id
         for io_group, io_channel, chip_id in selection.chips or ():
             table = self._chips.setdefault(io_group, np.zeros(1 << 16, np.bool_))
             table[io_channel << 8 | chip_id] = True
 
-    def chosen(self, chunk: Chunk) -> NDArray[np.bool_] | None:
-        """Determine which rows of a chunk are wanted, shape (size,), contiguous; None: all."""
+    def chosen(self, chunk: Chunk) -> NDArray[np.bool_]:
+        """Determine which rows of a chunk are wanted, shape (size,), contiguous."""
         wanted = self._selection
-        if wanted.is_everything:
-            return None
         types = chunk.column(self._type)
         masks: list[Any] = []
         if wanted.types is not None:
             masks.append(_among(types, wanted.types))
-        if wanted.io_groups is not None:
-            masks.append(self._in_groups(chunk, wanted.io_groups))
-        if wanted.chips is not None:
-            masks += [types <= PacketType.CONFIG_READ, self._of_chips(chunk)]
+        if wanted.io_channels is not None or wanted.chips is not None:
+            masks.append(types <= PacketType.CONFIG_READ)
         if wanted.channels is not None:
-            masks += [types <= PacketType.TEST, _among(chunk.column(self._channel), wanted.channels)]
+            last = PacketType.CONFIG_READ if wanted.config_channels else PacketType.TEST
+            masks += [types <= last, _among(chunk.column(self._channel), wanted.channels)]
+        if wanted.io_groups is not None or wanted.io_channels is not None or wanted.chips is not None:
+            columns = _parts_of_keys(chunk.column("chip_key")) if self._has_keys else None
+            if wanted.io_groups is not None:
+                masks.append(_among(self._part(chunk, columns, 0), wanted.io_groups))
+            if wanted.io_channels is not None:
+                masks.append(_among(self._part(chunk, columns, 1), wanted.io_channels))
+            if wanted.chips is not None:
+                masks.append(self._of_chips([self._part(chunk, columns, i) for i in range(3)]))
         mask = masks[0]
         for other in masks[1:]:
             mask = mask & other
         return np.ascontiguousarray(mask, np.bool_)
 
-    def _in_groups(self, chunk: Chunk, groups: frozenset[int]) -> NDArray[np.bool_]:
-        if not self._v1:
-            return _among(chunk.column("io_group"), groups)
-        keys = chunk.column("chip_key")
-        mask = np.zeros(len(keys), np.bool_)
-        for group in groups:
-            mask |= np.char.startswith(keys, b"%d-" % group)
-        return mask
+    def _part(self, chunk: Chunk, of_keys: NDArray[np.int64] | None, i: int) -> NDArray[Any]:
+        """Return io_group, io_channel or chip_id."""
+        return chunk.column(self._columns[i]) if of_keys is None else of_keys[i]
 
-    def _of_chips(self, chunk: Chunk) -> NDArray[np.bool_]:
-        if self._v1:
-            return np.isin(chunk.column("chip_key"), self._keys)
-        groups, *columns = (chunk.column(name) for name in ("io_group", "io_channel", "chip_id"))
+    def _of_chips(self, parts: list[NDArray[Any]]) -> NDArray[np.bool_]:
+        groups, *columns = parts
         fits = np.ones(len(groups), np.bool_)
         for column in columns:
             if column.dtype != np.uint8:
@@ -253,7 +292,23 @@ class RowFilter:
         return mask
 
 
-def _among(column: NDArray[Any], values: frozenset[int]) -> NDArray[np.bool_]:
+def _numeric(dtype: np.dtype[Any], *names: str) -> str:
+    """Return the first of these columns that is there and has numbers; "" if none."""
+    present = dtype.names or ()
+    return next((name for name in names if name in present and dtype[name].kind in "iuf"), "")
+
+
+def _parts_of_keys(keys: NDArray[np.bytes_]) -> NDArray[np.int64]:
+    """Return io_group, io_channel and chip_id of chip keys, shape (3, N): 0, -1 and -1 for other texts."""
+    texts, which = np.unique(keys, return_inverse=True)
+    parts = np.tile(np.array([[0], [-1], [-1]], np.int64), (1, len(texts)))
+    for i, text in enumerate(texts.tolist()):
+        if (match := _KEY.fullmatch(text)) is not None:
+            parts[:, i] = [int(part) for part in match.groups()]
+    return parts[:, which.reshape(-1)]
+
+
+def _among(column: NDArray[Any], values: Collection[int]) -> NDArray[np.bool_]:
     """Determine which entries are among these values, 0 to 255."""
     if len(values) == 1:
         return np.asarray(column == next(iter(values)), np.bool_)

@@ -183,27 +183,70 @@ def open_run(
     return Run(_of_file(path, parts, storage), missing_ok=missing_ok)
 
 
+def follow_parts(path: Path, start: int = 0, patience: float = 15.0) -> Iterator[PartRows | None]:
+    """Read the rows of a growing run, part by part, until it ends; None between two looks.
+
+    path: one of its files, whose part is the first one, or a directory, of whose newest run all parts are read.
+    start: first row, counted from the begin of the first part; negative: from the end.
+    patience: seconds to wait for a part that is being made, for the recovery of a part, and for the next part.
+
+    FileError if a file cannot be read, if the storage has died and none recovers its part, or if there is no such run.
+    """
+    deadline = time.monotonic() + patience
+    run: Run | None = None
+    while run is None:
+        listing = _newest(path)
+        try:
+            run = Run(listing, missing_ok=True)
+        except FileError:
+            last = [*listing.files.values()][-1:]
+            if (last and _ending(last[0]) == names.FINISHED) or time.monotonic() > deadline:
+                raise
+            yield None
+            time.sleep(POLL)
+    with run:
+        yield from run.follow_parts(start, patience)
+
+
 class _Listing(NamedTuple):
     """Where the parts of a run are. `key`: run, start (unix ns) and label; None: `files` are not named by a run."""
 
     directory: Path
     key: tuple[int, int, str] | None
     files: dict[int, Path]  # by the number of the part
+    first: int = 0  # part before which none is listed
 
 
-def _list_parts(directory: Path, key: tuple[int, int, str], files: Iterable[Path] | None = None) -> _Listing:
+def _list_parts(
+    directory: Path, key: tuple[int, int, str], files: Iterable[Path] | None = None, first: int = 0
+) -> _Listing:
     """List the parts of a run and storage: the finished file, or else the part being written, or its journal alone."""
     found: dict[int, Path] = {}
     order = (names.FINISHED, names.PART, names.JOURNAL)
     listed = [path for *_, path in names.run_files(directory, key[0])] if files is None else files
     for path in listed:
         name = names.parse(path.name)
-        if name is None or (name.run, name.started_ns, name.storage) != key:
+        if name is None or (name.run, name.started_ns, name.storage) != key or name.part < first:
             continue
         other = found.get(name.part)
         if other is None or order.index(name.ending) < order.index(_ending(other)):
             found[name.part] = path
-    return _Listing(directory, key, dict(sorted(found.items())))
+    return _Listing(directory, key, dict(sorted(found.items())), first)
+
+
+def _newest(path: Path) -> _Listing:
+    """List the parts of the newest run in a directory, or of the run of a file, from the part of this file on."""
+    if not path.is_dir():
+        name, directory = names.parse(path.name), path.parent
+        if name is None:
+            raise FileError(f"{path}: not the name of a file of a run, whose further parts could be followed")
+    else:
+        newest, directory = names.highest_run(path), path
+        found = [name for *_, file in names.run_files(path, newest) if (name := names.parse(file.name)) is not None]
+        if not found:
+            raise FileError(f"{path}: holds no file of a run")
+        name = min(found, key=lambda name: (name.storage, -name.started_ns, name.part))
+    return _list_parts(directory, (name.run, name.started_ns, name.storage), first=name.part)
 
 
 def _ending(path: Path) -> str:
@@ -293,6 +336,14 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+class PartRows(NamedTuple):
+    """Rows of a part. `first`: number of the first one in the part."""
+
+    part: _Part
+    first: int
+    rows: NDArray[Any]
+
+
 class _View(NamedTuple):
     """What a part has at one moment: a reader in another thread sees all of it or nothing."""
 
@@ -325,6 +376,7 @@ class _Part:
         self.is_stale = False
         self._idle = threading.Condition()
         self._readings = 0  # that use the file now
+        self._messages: list[str] = []  # lines of INFO messages that message() has seen
         file = self._open()
         self._identity = _identity(self.path)
         self.view = _View(file, file.rows, [])
@@ -392,10 +444,10 @@ class _Part:
         records = self._records()
         file.refresh()
         self._read_blocks(file)
-        later = self._later(file, records, complete=complete)
+        later = self._later(file, records or (), complete=complete)
         if later is None:
             return False
-        self.view = _View(file, self._block_rows, later)
+        self.view = _View(file, self._block_rows if records is not None else file.rows, later)
         info = file.run_info()
         self.is_described = info["opened_ns"] > 0
         if self.is_described and info["condition"] != RunCondition.RUNNING:
@@ -413,14 +465,20 @@ class _Part:
                 self.path = finished
             self.is_growing = not self.has_final_name and may_be_written(self.path)
 
-    def _records(self) -> list[journal.JournalRecord]:
-        """Read the journal: before the part, so that each block is in at least one of them."""
+    def _records(self) -> list[journal.JournalRecord] | None:
+        """Read the journal: before the part, so that each block is in at least one of them.
+
+        None if this user may not: then the rows count that the storage shows every 4 s (writer.SHOW_INTERVAL), which
+        come after those of the last block, in the order of the journal.
+        """
         try:
             return journal.read(self._journal).records
         except FileError:
-            if self._journal.exists():
+            if not self._journal.exists():
+                return []
+            if os.access(self._journal, os.R_OK, effective_ids=True):
                 raise
-            return []
+            return None
 
     def _read_blocks(self, file: DataFile) -> None:
         """Read the new rows of /run/blocks."""
@@ -464,9 +522,9 @@ class _Part:
         start: int,
         stop: int,
         columns: Columns,
-        chosen: RowFilter | None,
-        stretches: Sequence[tuple[int, int]] | None,
-        first: int,
+        chosen: RowFilter | None = None,
+        stretches: Sequence[tuple[int, int]] | None = None,
+        first: int = 0,
     ) -> NDArray[Any]:
         """Read rows `start` to `stop`, as RowReader.read(). In any thread."""
         with self._reading() as (file, end, later):
@@ -535,17 +593,23 @@ class _Part:
         """Return the names that blocks() numbers."""
         return list(dict.fromkeys([*self.file.producers, *(frame.producer for frame, *_ in self.view.later)]))
 
-    def lines(self) -> Iterator[InfoLine]:
-        """Read the lines of INFO messages, also those that only the journal has."""
+    def lines(self, first: int = 0) -> Iterator[InfoLine]:
+        """Read the lines of INFO messages from line `first` on, also those that only the journal has."""
         file, _, later = self.view
         known = file.length("messages")
-        for start in range(0, known, _PAGE):
+        for start in range(first, known, _PAGE):
             for line in file.table("messages", start, min(known, start + _PAGE)):
                 yield InfoLine(int(line["timestamp"]), text(line["message"]))
         for frame, _, rows in later:
-            if frame.text is not None and len(rows) and int(rows["counter"][0]) >= known:
+            if frame.text is not None and len(rows) and int(rows["counter"][0]) >= max(known, first):
                 for piece in stream.text_pieces(frame.text, MESSAGE_BYTES):
                     yield InfoLine(int(rows["timestamp"][0]), piece.decode("utf-8", "replace"))
+
+    def message(self, number: int) -> str | None:
+        """Return a line of an INFO message by the number in its row; None if it is not there."""
+        if number >= len(self._messages):
+            self._messages += [line.text for line in self.lines(len(self._messages))]
+        return self._messages[number] if number < len(self._messages) else None
 
 
 def _open_part(number: int, path: Path) -> _Part:
@@ -660,7 +724,7 @@ class Run:
         while known < len(self._files):
             known = len(self._files)
             if key is not None:
-                self._set_files(_list_parts(self._listing.directory, key).files)
+                self._set_files(_list_parts(self._listing.directory, key, first=self._listing.first).files)
             for number in self._files:
                 part = self._parts.get(number)
                 if number not in self._rows or (part is not None and not part.has_final_name):
@@ -696,6 +760,7 @@ class Run:
         start: int = 0,
         stop: int | None = None,
         io_group: int | Iterable[int] | None = None,
+        io_channel: int | Iterable[int] | None = None,
         chip: Chip | Iterable[Chip] | None = None,
         channel: int | Iterable[int] | None = None,
         packet_type: int | str | Iterable[int | str] | None = None,
@@ -709,9 +774,9 @@ class Run:
         columns: names, in the order of the result; "row" is the number of a row in the run. A single text: arrays of
         this column, not of rows. None: all columns of the file.
         start, stop: row numbers as of a slice, negative ones from the end.
-        io_group, channel: numbers. packet_type: numbers, or names: data, test, config write, config read, timestamp,
-        message, sync, trigger. chip: keys such as "1-2-11" or (1, 2, 11). Each may be one or several. Rows of types 4
-        to 7 have no chip, and rows of types 2 to 7 no channel.
+        io_group, io_channel, channel: numbers. packet_type: numbers, or names: data, test, config write, config read,
+        timestamp, message, sync, trigger. chip: keys such as "1-2-11" or (1, 2, 11). Each may be one or several. Rows
+        of types 4 to 7 have no io_channel and no chip, and rows of types 2 to 7 no channel.
         begin, end: time of arrival, as unix s, datetime (without zone: UTC), UTC text such as "2026-11-22T07:12:51", or
         "5min" ago. Whole blocks are read that arrived in this time, at least in part; blocks() has their times.
 
@@ -719,10 +784,7 @@ class Run:
         the iteration, for damage, with the place.
         """
         wanted = Columns(self.dtype, columns)
-        selection = Selection.of(io_group, chip, channel, packet_type)
-        chosen = None if selection.is_everything else RowFilter(selection, self.dtype)
-        if chosen is not None and chosen.missing:
-            raise FileError(f"{self.files[0]}: /packets has no column {chosen.missing}, by which to select")
+        chosen = Selection.of(io_group, io_channel, chip, channel, packet_type).row_filter(self.dtype, self.files[0])
         if rows < 1 or threads < 1:
             raise FormatError(f"rows {rows}, threads {threads}: expected at least 1")
         times = None if begin is None and end is None else (_ns("begin", begin, 0.0), _ns("end", end, np.inf))
@@ -757,20 +819,47 @@ class Run:
 
         patience: seconds to wait for the next part of a run whose storage has died.
         """
+        for low, high in self._looks(start, patience):
+            yield from self.chunks(columns, start=low, stop=high, **selection)
+
+    def follow_parts(self, start: int, patience: float) -> Iterator[PartRows | None]:
+        """As follow(), with the part of the rows; None after each look. FileError if the run does not end."""
+        columns = Columns(self.dtype)
+        for first, stop in self._looks(start, patience):
+            for part, _, low, high, _ in self._tasks(first, stop, None, PIECE_ROWS):
+                yield PartRows(part, low, part.read(low, high, columns))
+            yield None
+        if self._last_condition in _UNFINISHED:
+            last = self._last
+            if not last.has_final_name:
+                raise FileError(f"{last.path}: its storage has died, and none recovers it (larpixdaq recover)")
+            raise FileError(
+                f"{last.path.parent}: part {last.number + 1} of run {self.number} does not come: is a storage there?"
+            )
+
+    def _looks(self, start: int, patience: float) -> Iterator[tuple[int, int]]:
+        """Yield the first new row and the row after the last one, at each look, until the run ends."""
         deadline = None
         while True:
             growing, stop = self.is_growing, self.rows
-            yield from self.chunks(columns, start=start, stop=stop, **selection)
+            start = max(0, stop + start) if start < 0 else start
+            yield start, stop
             start = max(start, stop)
-            if not growing:
+            last = self._last
+            if growing or (not last.has_final_name and may_be_written(last.path)):  # it is written, or recovered
+                deadline = None
+            else:
                 now = time.monotonic()
                 deadline = now + patience if deadline is None else deadline
-                if self.condition not in _UNFINISHED or now > deadline:
+                if self._last_condition not in _UNFINISHED or now > deadline:
                     return
-            else:
-                deadline = None
             time.sleep(POLL)
             self.refresh()
+
+    @property
+    def _last_condition(self) -> str:
+        """Condition of the newest part, which is that of the run as far as it goes on or has ended."""
+        return str(self._last.file.run_info()["condition"]) if self.own else ""
 
     def _tasks(self, start: int, stop: int | None, times: tuple[float, float] | None, rows: int) -> Iterator[_Task]:
         """Divide rows `start` to `stop` into pieces for threads, of whole chunks where possible."""

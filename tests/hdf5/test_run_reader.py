@@ -1,7 +1,11 @@
 """open_run(): selections against numpy on the whole, growing runs, parts, and files of other programs."""
 
+import contextlib
+import itertools
 import os
+import tempfile
 from datetime import datetime, timezone
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -17,6 +21,7 @@ from larpixdaq import open_run
 from larpixdaq.errors import FileError, FormatError
 from larpixdaq.hdf5.layout import NO_FILTERS
 from larpixdaq.hdf5.reader import DataFile
+from larpixdaq.hdf5.run_reader import follow_parts
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.protocol import stream
@@ -64,7 +69,7 @@ def parts(request, tmp_path_factory):
     return last, np.concatenate([h5py.File(path)["packets"][:] for path in (*paths, last)])
 
 
-def expected(rows, layout, io_group, chip, channel, kinds):
+def expected(rows, layout, io_group, chip, channel, kinds, io_channel=None):
     """Select with numpy alone."""
     v1 = layout is V1
     types = rows["type" if v1 else "packet_type"]
@@ -74,6 +79,8 @@ def expected(rows, layout, io_group, chip, channel, kinds):
     mask = np.ones(len(rows), bool)
     if io_group is not None:
         mask &= np.isin(keys[:, 0], io_group)
+    if io_channel is not None:
+        mask &= np.isin(keys[:, 1], io_channel) & (types <= 3)
     if chip is not None:
         mask &= (keys[:, None, :] == np.array(chip).reshape(1, -1, 3)).all(axis=2).any(axis=1) & (types <= 3)
     if channel is not None:
@@ -89,6 +96,7 @@ def test_selections_are_those_of_numpy_on_the_whole(parts, data):
     path, whole = parts
     layout = next(each for each in (V1, V2, CLOCK64, V3) if each.dtype == whole.dtype)
     io_group = data.draw(st.none() | st.lists(st.sampled_from([1, 2, 250, 3]), max_size=3), "io_group")
+    io_channel = data.draw(st.none() | st.lists(st.sampled_from([1, 17, 3]), max_size=2), "io_channel")
     chip = data.draw(st.none() | st.lists(st.sampled_from([*CHIPS, (9, 9, 9)]), max_size=4), "chip")
     channel = data.draw(st.none() | st.lists(st.integers(0, 66), max_size=5), "channel")
     kinds = data.draw(st.none() | st.lists(st.integers(0, 8), max_size=4), "types")
@@ -98,15 +106,15 @@ def test_selections_are_those_of_numpy_on_the_whole(parts, data):
     ), "columns")  # fmt: skip
     size = data.draw(st.sampled_from([700, 16_384, 65_536, 10**6]), "rows")
     threads = data.draw(st.integers(1, 3), "threads")
-    mask = expected(whole, layout, io_group, chip, channel, kinds)
+    mask = expected(whole, layout, io_group, chip, channel, kinds, io_channel)
     first, last, _ = slice(start, stop).indices(len(whole))
     numbers = np.flatnonzero(mask)
     numbers = numbers[(numbers >= first) & (numbers < last)]
     with open_run(path) as run:
         found = list(
             run.chunks(
-                columns, start=start or 0, stop=stop, io_group=io_group, chip=chip, channel=channel,
-                packet_type=kinds, rows=size, threads=threads,
+                columns, start=start or 0, stop=stop, io_group=io_group, io_channel=io_channel, chip=chip,
+                channel=channel, packet_type=kinds, rows=size, threads=threads,
             )
         )  # fmt: skip
         assert all(0 < len(piece) <= size for piece in found)
@@ -318,6 +326,54 @@ def test_following_a_run_to_its_end(writer, tmp_path):
         writer("end")
         found += following
     assert np.concatenate(found).tolist() == list(range(len(acknowledged)))
+    paths = sorted(tmp_path.glob("*.h5"))
+    sizes = [open_run(path, parts=False).rows for path in paths]
+    for path, start, expected in (
+        (tmp_path, 0, [(0, 0, sizes[0]), (1, 0, sizes[1])]),
+        (tmp_path, 7, [(0, 7, sizes[0] - 7), (1, 0, sizes[1])]),
+        (tmp_path, -3, [(1, sizes[1] - 3, 3)]),
+        (paths[1], 2, [(1, 2, sizes[1] - 2)]),
+    ):
+        pieces = [piece for piece in follow_parts(path, start) if piece is not None]
+        assert [(piece.part.number, piece.first, len(piece.rows)) for piece in pieces] == expected
+
+
+@contextlib.contextmanager
+def unreadable(journal):
+    """Let this process be of a user who may not read a journal."""
+    if os.geteuid():
+        journal.chmod(0)
+        yield
+        return
+    os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_without_the_journal_the_rows_come_that_the_part_shows(writer):
+    with tempfile.TemporaryDirectory() as name:  # the directories of pytest are closed to other users
+        folder = Path(name)
+        folder.chmod(0o755)
+        writer("new", name)
+        for seed in range(5):
+            writer("add", 0, seed, 16_384)
+        writer("add", 1, 5, 2000)
+        shown = writer("work", True)
+        writer("add", 0, 6, 300)
+        writer("work", False)
+        (journal,) = folder.glob("*.journal")
+        with unreadable(journal):
+            with open_run(folder) as run:
+                assert run.condition == "RUNNING"
+                assert same(run.read(), shown)
+            following = follow_parts(folder)
+            pieces = list(itertools.takewhile(bool, following))
+            assert same(np.concatenate([piece.rows for piece in pieces]), shown)
+            whole = writer("end")
+            pieces += filter(None, following)
+            assert same(np.concatenate([piece.rows for piece in pieces]), whole)
 
 
 # Parts, names and copies

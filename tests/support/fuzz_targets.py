@@ -58,10 +58,10 @@ from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.recordings import MessageLog, PacketFile, open_recording
 from larpixdaq.hdf5.recovery import prepare, recover
 from larpixdaq.hdf5.repartition import Borders, copy_rows, repartition
+from larpixdaq.hdf5.row_reader import Selection
 from larpixdaq.hdf5.run_report import file_info, positions, survey_run
 from larpixdaq.hdf5.run_summary import summarise
 from larpixdaq.hdf5.salvage import salvage
-from larpixdaq.hdf5.selection import Selection
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.keys import credentials
