@@ -32,6 +32,7 @@ exclude_patterns = ["grafana/*"]
 #: Files of the repository that are pages of the book under another name: page -> file.
 OUTSIDE = {
     "changes": "CHANGELOG.md",
+    "contributing": "CONTRIBUTING.md",
     "decisions": "DECISIONS.md",
     "performance": "bench/README.md",
     "reporting": "SECURITY.md",

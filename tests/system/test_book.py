@@ -79,7 +79,7 @@ def test_links_stay_in_the_book(conf):
 def test_links_lead_to_headings():
     """Also on pages that Sphinx does not read, such as the README."""
     headings = {}
-    for page in [*PAGES, SOURCES / "bench" / "README.md", SOURCES / "SECURITY.md"]:
+    for page in [*PAGES, *(SOURCES / name for name in ("bench/README.md", "SECURITY.md", "CONTRIBUTING.md"))]:
         found = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.M)
         headings[page.resolve()] = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
     wrong = []
