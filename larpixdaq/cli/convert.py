@@ -21,7 +21,8 @@ from larpixdaq.errors import FileError, printable
 from larpixdaq.runtime.file_access import add_lock_dir_argument, lock_directory
 from larpixdaq.runtime.units import duration, parse_whole, size
 from larpixdaq.schema import ASICS
-from larpixdaq.storage.convert import Job, Options, Progress, Report, convert_all, recordings_in, target_of
+from larpixdaq.storage.conversion import Options, Progress, Report, target_of
+from larpixdaq.storage.convert import Job, convert_all, recordings_in
 
 #: Seconds between two lines of progress, on a terminal and elsewhere.
 _TERMINAL: Final = 0.5

@@ -6,4 +6,6 @@ finisher.py        a part after its last row: its final name, its checksum, the 
                    storage before this one has left
 limits.py          when a part is full (--rotate), how much room the disk has, and for how long
 directory_lock.py  who may write: one process a name and directory, and none that has stood still
+sidecar.py         the JSON file beside a finished file, and its second name
+conversion.py      recordings of other programs made into such files; convert.py does several at a time
 """

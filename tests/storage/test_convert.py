@@ -30,7 +30,8 @@ from larpixdaq.hdf5 import layout, verify
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.recordings import REFERENCE, RawFile, open_recording
 from larpixdaq.runtime.launcher import command
-from larpixdaq.storage.convert import Job, Options, convert, convert_all, target_of
+from larpixdaq.storage.conversion import Options, convert, target_of
+from larpixdaq.storage.convert import Job, convert_all
 
 
 def message(seconds, words):
