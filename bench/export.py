@@ -16,8 +16,8 @@ import h5py
 from common import argument_parser
 from raw_files import packet_file
 
+from larpixdaq import open_run
 from larpixdaq.hdf5.export import FORMATS, export
-from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.row_reader import Selection
 
 
@@ -45,8 +45,8 @@ def main() -> None:
             for _ in range(3):
                 target = Path(folder) / f"x.{form}"
                 began, used = time.perf_counter(), time.process_time()
-                with DataFile(packets) as file:
-                    report = export(file, target, form, Selection())
+                with open_run(packets, parts=False) as run:
+                    report = export(run, target, form, Selection())
                 wall, cpu = time.perf_counter() - began, time.process_time() - used
                 print(
                     f"{form:8} {report.rows / wall / 1e6:6.2f} M rows/s by the clock, {report.rows / cpu / 1e6:6.2f} "

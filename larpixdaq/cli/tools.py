@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -24,14 +25,15 @@ from larpixdaq.hdf5 import verify as verification
 from larpixdaq.hdf5.comparison import Comparison, compare
 from larpixdaq.hdf5.export import FORMATS, export
 from larpixdaq.hdf5.new_file import check_new
+from larpixdaq.hdf5.part_reader import Part
 from larpixdaq.hdf5.reader import DataFile, text
 from larpixdaq.hdf5.recordings import copy_columns
 from larpixdaq.hdf5.repartition import Borders, NewPart
-from larpixdaq.hdf5.row_reader import Chunk, RowFilter, Selection
-from larpixdaq.hdf5.run_reader import follow_parts
+from larpixdaq.hdf5.row_reader import Chunk, Selection
+from larpixdaq.hdf5.run_reader import follow_parts, open_run
 from larpixdaq.monitor import packet_text
 from larpixdaq.runtime.file_access import add_lock_dir_argument, lock_directory
-from larpixdaq.runtime.units import parse_positive_duration, parse_whole, size, utc
+from larpixdaq.runtime.units import parse_positive_duration, parse_since, parse_whole, size, utc
 from larpixdaq.schema import ASICS, PacketType, parse_key
 from larpixdaq.sources.raw_check import RawCheck, check_raw
 
@@ -194,12 +196,33 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         help="only rows from FIRST to before END, by their number in the file, before other selections; negative "
         "numbers count from the end: -100: are the last 100 (write --rows=-100:)",
     )
+    add(
+        "--since",
+        type=parse_since,
+        metavar="TIME",
+        help="only rows that arrived from this time on, in whole blocks: UTC, such as 2023-03-15T02:48, or before now, "
+        "such as 90min, 12h, 3d",
+    )
+    add("--until", type=parse_since, metavar="TIME", help="only rows that arrived before this time, likewise")
 
 
 def _selection(options: argparse.Namespace) -> Selection:
     """Return the selection of parsed options."""
+    since = -math.inf if options.since is None else options.since
+    until = math.inf if options.until is None else options.until
+    if until < since:
+        raise UsageError("--until is before --since")
+    start, stop = options.rows
     return Selection(
-        options.types, options.io_groups, options.io_channels, options.chips, options.channels, *options.rows
+        options.types,
+        options.io_groups,
+        options.io_channels,
+        options.chips,
+        options.channels,
+        start,
+        stop,
+        begin_ns=since * 1e9,
+        end_ns=until * 1e9,
     )
 
 
@@ -290,16 +313,12 @@ def cat(options: argparse.Namespace) -> int:
         return _follow(options, selection)
     for path in packet_files(options.paths, unfinished=True):
         try:
-            with DataFile(path) as file:
-                how = {"own": file.own, "as_json": options.json, "message": _Messages(file).line}
-                show = RowText(path, file.dtype, file.version, **how)
-                if not options.json:
-                    print(printable(f"{path}: {file.rows} rows"))
-                    print(f"{'row':>12}  {packet_text.HEADER}")
-                chosen = selection.row_filter(file.dtype, path)
-                start, stop, _ = slice(selection.start, selection.stop).indices(file.rows)
-                for low in range(start, stop, _PIECE):
-                    show.write(file.packets(low, min(low + _PIECE, stop)), low, chosen)
+            with open_run(path, parts=False) as run:
+                _show_heading(f"{path}: {run.rows} rows", options)
+                show: RowText | None = None
+                for part, first, rows in run.part_rows(selection):
+                    show = show or RowText(part, selection, as_json=options.json)
+                    show.write(rows, first)
         except FileError as error:
             ok = False
             print(printable(f"larpixdaq: {error}"), file=sys.stderr)
@@ -308,60 +327,54 @@ def cat(options: argparse.Namespace) -> int:
 
 def _follow(options: argparse.Namespace, selection: Selection) -> int:
     """Show the rows of a growing run until it ends."""
-    if len(options.paths) != 1 or selection.stop is not None:
-        raise UsageError("--follow goes with one PATH, and without an end of --rows")
+    if len(options.paths) != 1 or selection.stop is not None or options.until is not None:
+        raise UsageError("--follow goes with one PATH, and without an end of --rows and --until")
     show: RowText | None = None
-    chosen: RowFilter | None = None
-    path: Path | None = None
-    for found in follow_parts(options.paths[0], selection.start):
+    for found in follow_parts(options.paths[0], selection):
         if found is None:
             sys.stdout.flush()
             continue
         part, first, rows = found
-        if show is None or part.path != path:
-            path, file = part.path, part.file
-            chosen = selection.row_filter(file.dtype, path)
-            show = RowText(path, file.dtype, file.version, own=True, as_json=options.json, message=part.message)
-            if not options.json:
-                print(printable(f"{path}:"))
-                print(f"{'row':>12}  {packet_text.HEADER}")
-        for low in range(0, len(rows), _PIECE):
-            show.write(rows[low : low + _PIECE], first + low, chosen)
+        if show is None or part.path != show.path:
+            _show_heading(f"{part.path}:", options)
+            show = RowText(part, selection, as_json=options.json)
+        show.write(rows, first)
     return 0
 
 
+def _show_heading(text: str, options: argparse.Namespace) -> None:
+    if not options.json:
+        print(printable(text))
+        print(f"{'row':>12}  {packet_text.HEADER}")
+
+
 class RowText:
-    """Rows as lines: text, or JSON.
+    """Writes the selected rows of a part as lines: text, or JSON."""
 
-    `path`: in JSON. `layout`: dtype of the rows in one of our layouts, or None. `own`: whether larpix-daq wrote them.
-    `message`: returns a line of an INFO message by the number in the row, None if it is not known.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        dtype: np.dtype[Any],
-        version: str,
-        *,
-        own: bool,
-        as_json: bool,
-        message: Callable[[int], str | None],
-    ) -> None:
-        self._path, self._own, self._json, self._message = str(path), own, as_json, message
+    def __init__(self, part: Part, selection: Selection, *, as_json: bool) -> None:
+        self.path, file = part.path, part.file
+        self._own, self._json = file.own, as_json
+        self._chosen = selection.row_filter(file.dtype, part.path)
+        self._message = part.message if file.own else _Messages(file).line
         self._encode = msgspec.json.Encoder().encode
-        columns = dtype.names or ()
-        v3 = "reset_sample_flag" in columns or version.startswith("3")
+        columns = file.dtype.names or ()
+        v3 = "reset_sample_flag" in columns or file.version.startswith("3")
         later = schema.PACKETS_3_0 if v3 else schema.PACKETS_2_4_CLOCK64
+        #: dtype of the rows in one of our layouts.
         self._layout = schema.PACKETS_1_0 if "chip_key" in columns else later
-        known = (each.dtype for each in schema.LAYOUTS if (each.version, each.dtype) == (version, dtype))
-        self._layout = next(known, self._layout)
+        if file.layout is not None:
+            self._layout = file.layout.dtype
         self._columns = columns
 
-    def write(self, rows: NDArray[Any], first: int, chosen: RowFilter | None) -> None:
-        """Write lines of the chosen rows, None: all. `first`: number of the first row in the file."""
-        places = np.arange(len(rows)) if chosen is None else np.flatnonzero(chosen.chosen(Chunk(rows.dtype, rows=rows)))
-        shown = rows if chosen is None else rows[places]
-        sys.stdout.write("".join(f"{line}\n" for line in self.lines(shown, first + places)))
+    def write(self, rows: NDArray[Any], first: int) -> None:
+        """Write a line for each selected row. `first`: number of the first row in the file."""
+        for low in range(0, len(rows), _PIECE):
+            piece = rows[low : low + _PIECE]
+            numbers = np.arange(first + low, first + low + len(piece))
+            if self._chosen is not None:
+                chosen = self._chosen.chosen(Chunk(piece.dtype, rows=piece))
+                piece, numbers = piece[chosen], numbers[chosen]
+            sys.stdout.write("".join(f"{line}\n" for line in self.lines(piece, numbers)))
 
     def lines(self, rows: NDArray[Any], numbers: NDArray[Any]) -> list[str]:
         """Return a line for each row. `numbers`: their numbers in the file."""
@@ -394,17 +407,17 @@ class RowText:
             }
             if kind == PacketType.MESSAGE and (found := self._message(int(fields.get("counter", 0)))) is not None:
                 fields["message"] = found
-            lines.append(self._encode({"file": self._path, "row": number} | fields).decode())
+            lines.append(self._encode({"file": str(self.path), "row": number} | fields).decode())
         return lines
 
 
 class _Messages:
-    """Lines of /messages of a file, by number."""
+    """Lines of /messages of another program's file, by number."""
 
     def __init__(self, file: DataFile) -> None:
         self._file = file
         self._lines: list[str] | None = None
-        if not file.own and file.version in ("2.3", "2.4"):  # rows do not have the numbers
+        if file.version in ("2.3", "2.4"):  # rows do not have the numbers
             self._lines = []
 
     def line(self, number: int) -> str | None:
@@ -617,8 +630,8 @@ def export_files(options: argparse.Namespace) -> int:
         )
 
     def do(path: Path) -> tuple[bool, list[str], dict[str, Any]]:
-        with DataFile(path) as file:
-            report = export(file, targets[path], options.format, chosen, options.columns)
+        with open_run(path, parts=False) as run:
+            report = export(run, targets[path], options.format, chosen, options.columns)
         per_row = f", {report.bytes / report.rows:.1f} bytes a row" if report.rows else ""
         line = f"{report.path}: {report.rows} rows, {size(report.bytes)}{per_row}"
         return True, [line], {"file": str(report.path), "rows": report.rows, "bytes": report.bytes}

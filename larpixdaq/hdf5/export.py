@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from larpixdaq.errors import ConfigError, FileError
 from larpixdaq.hdf5 import columns, run_report
 from larpixdaq.hdf5.new_file import check_room, new_file
-from larpixdaq.hdf5.reader import PIECE_ROWS, DataFile
+from larpixdaq.hdf5.reader import PIECE_ROWS
 from larpixdaq.hdf5.row_reader import Selection
+from larpixdaq.hdf5.run_reader import Run
 
 #: Rows of a group of a Parquet file: programs read whole groups.
 GROUP_ROWS: Final = 16 * PIECE_ROWS
@@ -40,26 +41,26 @@ class ExportReport(NamedTuple):
     bytes: int
 
 
-def export(file: DataFile, path: Path, form: str, selection: Selection, names: Sequence[str] = ()) -> ExportReport:
+def export(run: Run, path: Path, form: str, selection: Selection, names: Sequence[str] = ()) -> ExportReport:
     """Write the selected rows to a new file. `form`: one of FORMATS. `names`: only these columns.
 
     FileError for an unknown column, for a damaged file, and if the new file exists or cannot be written. ConfigError
     without pyarrow.
     """
-    present = file.dtype.names or ()
+    present, source = run.dtype.names or (), run.files[0]
     for name in names:
         if name not in present:
-            raise FileError(f"{file.path}: /packets has no column {name}, only {', '.join(present)}")
+            raise FileError(f"{source}: /packets has no column {name}, only {', '.join(present)}")
     for name in names or present:
-        if file.dtype[name].shape or file.dtype[name].kind not in "iufS":
+        if run.dtype[name].shape or run.dtype[name].kind not in "iufS":
             raise FileError(
-                f"{file.path}: column {name} of /packets has values {file.dtype[name]}, expected numbers or texts"
+                f"{source}: column {name} of /packets has values {run.dtype[name]}, expected numbers or texts"
             )
-    dtype = np.dtype([(name, file.dtype[name].str) for name in names or present])  # without h5py's metadata
+    dtype = np.dtype([(name, run.dtype[name].str) for name in names or present])  # without h5py's metadata
     write = FORMATS[form]
-    pieces = file.pieces(selection, names or None)
+    pieces = run.selected(selection, names or None)
     with contextlib.closing(pieces), new_file(path) as part:
-        rows = write(file, part, dtype, _with_room(path.parent, pieces))
+        rows = write(run, part, dtype, _with_room(path.parent, pieces))
     return ExportReport(path, rows, path.stat().st_size)
 
 
@@ -69,7 +70,7 @@ def _with_room(directory: Path, pieces: Iterable[NDArray[Any]]) -> Iterator[NDAr
         yield rows
 
 
-def _write_parquet(file: DataFile, path: Path, dtype: np.dtype[Any], pieces: Iterable[NDArray[Any]]) -> int:
+def _write_parquet(run: Run, path: Path, dtype: np.dtype[Any], pieces: Iterable[NDArray[Any]]) -> int:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -78,7 +79,7 @@ def _write_parquet(file: DataFile, path: Path, dtype: np.dtype[Any], pieces: Ite
             'Parquet needs pyarrow, which is not installed: pip install "larpix-daq[parquet]"; CSV and npy need nothing'
         ) from None
     fields = [pa.field(name, _arrow_type(pa, dtype[name]), False, _meaning(name)) for name in dtype.names or ()]
-    schema = pa.schema(fields, {"larpixdaq": json.dumps(_facts(file))})
+    schema = pa.schema(fields, {"larpixdaq": json.dumps(_facts(run))})
     times = [name for name in dtype.names or () if name in _TIMES]
     options: dict[str, Any] = {
         "compression": "zstd",
@@ -103,11 +104,12 @@ def _write_parquet(file: DataFile, path: Path, dtype: np.dtype[Any], pieces: Ite
     return rows
 
 
-def _facts(file: DataFile) -> dict[str, Any]:
+def _facts(run: Run) -> dict[str, Any]:
+    (path,) = run.files
     try:
-        return run_report.file_info(file.path)
+        return run_report.file_info(path)
     except FileError:  # files of other programs may have no times
-        return {"path": str(file.path), "version": file.version, "rows": file.rows}
+        return {"path": str(path), "version": run.version, "rows": run.rows}
 
 
 def _arrow_type(pa: Any, dtype: np.dtype[Any]) -> Any:
@@ -134,7 +136,7 @@ def _meaning(name: str) -> dict[str, str]:
     return {key: value for key, value in (("unit", unit), ("meaning", meaning)) if value}
 
 
-def _write_csv(file: DataFile, path: Path, dtype: np.dtype[Any], pieces: Iterable[NDArray[Any]]) -> int:
+def _write_csv(run: Run, path: Path, dtype: np.dtype[Any], pieces: Iterable[NDArray[Any]]) -> int:
     names = dtype.names or ()
     texts = [name for name in names if dtype[name].kind == "S"]
     line = ",".join(["%s"] * len(names)) + "\n"
@@ -160,7 +162,7 @@ def _csv_text(text: bytes) -> str:
     return '"' + decoded.replace('"', '""') + '"'
 
 
-def _write_npy(file: DataFile, path: Path, dtype: np.dtype[Any], pieces: Iterable[NDArray[Any]]) -> int:
+def _write_npy(run: Run, path: Path, dtype: np.dtype[Any], pieces: Iterable[NDArray[Any]]) -> int:
     size = len(_npy_head(dtype, _NPY_ROWS, 0))
     count = 0
     with open(path, "wb") as out:
@@ -185,7 +187,7 @@ def _npy_head(dtype: np.dtype[Any], rows: int, size: int) -> bytes:
 
 
 #: Formats, which are also the endings of the files, with the functions that write them.
-FORMATS: Final[dict[str, Callable[[DataFile, Path, np.dtype[Any], Iterable[NDArray[Any]]], int]]] = {
+FORMATS: Final[dict[str, Callable[[Run, Path, np.dtype[Any], Iterable[NDArray[Any]]], int]]] = {
     "parquet": _write_parquet,
     "csv": _write_csv,
     "npy": _write_npy,

@@ -109,7 +109,7 @@ class Part:
     def _take_name(self) -> None:
         """Note the final name of the part, if it has been given it."""
         finished = self.path.with_name(self.path.name.removesuffix(names.PART) + names.FINISHED)
-        if not self.has_final_name and not self.path.exists() and finished.exists():
+        if not self.has_final_name and not os.path.exists(self.path) and os.path.exists(finished):
             self.path = finished
 
     @property
@@ -120,7 +120,7 @@ class Part:
         """Find out which rows there are now. FileError also if a file that was readable is damaged or gone."""
         if self.is_final:
             self._wait_for_name()
-        elif self.is_growing or not self.path.exists():
+        elif self.is_growing or not os.path.exists(self.path):
             self.is_growing = may_be_written(self.path)  # before the rows are counted, so that False makes them final
             self._update(self.file)
 
@@ -137,7 +137,7 @@ class Part:
 
     def _look(self, file: DataFile, *, complete: bool) -> bool:
         """Find out which rows there are. Returns False if `complete` is asked for and the journal was read in parts."""
-        if self.is_stale or not self.path.exists():  # or it has its final name now, or was removed
+        if self.is_stale or not os.path.exists(self.path):  # or it has its final name now, or was removed
             with self._idle:  # HDF5 shares its cache between two openings of a file, and that is out of date
                 self._idle.wait_for(lambda: not self._readings)
                 file.close()
@@ -177,7 +177,7 @@ class Part:
         try:
             return journal.read(self._journal).records
         except FileError:
-            if not self._journal.exists():
+            if not os.path.exists(self._journal):
                 return []
             if os.access(self._journal, os.R_OK, effective_ids=True):
                 raise
@@ -256,11 +256,17 @@ class Part:
                 self._idle.notify_all()
 
     def stretches(self, begin_ns: float, end_ns: float) -> Iterator[tuple[int, int]]:
-        """Find the rows of blocks that arrived, at least in part, in this time (unix ns): joined, in order."""
+        """Find the rows of blocks that arrived, at least in part, in this time (unix ns): joined, in order.
+
+        Rows that the part shows before their block, to those who may not read the journal, arrive now.
+        """
         if not self.file.own:
             raise FileError(f"{self.path}: has no /run/blocks, so that its rows cannot be selected by their time")
         last: tuple[int, int] | None = None
+        shown = self.rows
+        known = 0  # row after the last block
         for blocks in self.blocks():
+            known = int(blocks["first_row"][-1] + blocks["rows"][-1]) if len(blocks) else known
             times = (blocks["first_ns"] < end_ns) & (np.maximum(blocks["first_ns"], blocks["last_ns"]) >= begin_ns)
             for first, rows in blocks[["first_row", "rows"]][times].tolist():
                 if last is not None and first == last[1]:
@@ -271,6 +277,8 @@ class Part:
                 last = first, first + rows
         if last is not None:
             yield last
+        if self.is_growing and known < shown and begin_ns <= time.time_ns() < end_ns:
+            yield known, shown
 
     def blocks(self) -> Iterator[NDArray[Any]]:
         """Read /run/blocks in pages, and then make such rows of the blocks in the journal."""
@@ -309,9 +317,10 @@ class Part:
                     yield InfoLine(int(rows["timestamp"][0]), piece.decode("utf-8", "replace"))
 
     def message(self, number: int) -> str | None:
-        """Return a line of an INFO message by the number in its row; None if it is not there."""
+        """Return a line of an INFO message by the number in its row; None if it is not there, or cannot be read."""
         if number >= len(self._messages):
-            self._messages += [line.text for line in self.lines(len(self._messages))]
+            with contextlib.suppress(FileError):
+                self._messages += [line.text for line in self.lines(len(self._messages))]
         return self._messages[number] if number < len(self._messages) else None
 
 

@@ -12,7 +12,7 @@ import fcntl
 import io
 import os
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -26,7 +26,7 @@ from larpixdaq import schema
 from larpixdaq._native.hdf5_chunks import gather
 from larpixdaq.errors import ChecksumError, FileError, cause
 from larpixdaq.hdf5 import layout, names, repair
-from larpixdaq.hdf5.row_reader import EVERYTHING, Columns, RowFilter, RowReader, Selection, in_order
+from larpixdaq.hdf5.row_reader import Columns, RowFilter, RowReader, in_order
 from larpixdaq.protocol.packed_rows import inflate
 from larpixdaq.protocol.reports import Comment
 from larpixdaq.protocol.stream import BlockOrigin, ConnectedBoard
@@ -149,24 +149,10 @@ class DataFile:
         name = f"/packets, rows {start} to {stop},"
         return self._guard(name, lambda: self.reader.read(start, stop, columns, chosen, stretches, first))
 
-    def pieces(
-        self, selection: Selection = EVERYTHING, columns: Sequence[str] | None = None
-    ) -> Generator[NDArray[Any], None, None]:
-        """Read the selected rows, four chunks at a time; threads read the next ones meanwhile.
-
-        FileError if the rows have no column by which to select.
-        """
-        wanted, chosen = Columns(self.dtype, columns), selection.row_filter(self.dtype, self.path)
-        start, stop, _ = slice(selection.start, selection.stop).indices(self.rows)
-        stop = max(start, stop)
-
-        def read(first: int) -> NDArray[Any]:
-            return self.select(max(first, start), min(first + PIECE_ROWS, stop), wanted, chosen)
-
-        def pieces() -> Generator[NDArray[Any], None, None]:
-            yield from (rows for _, rows in in_order(read, range(start - start % PIECE_ROWS, stop, PIECE_ROWS)))
-
-        return pieces()
+    def pieces(self) -> Iterator[NDArray[Any]]:
+        """Read all rows, four chunks at a time; threads read the next ones meanwhile."""
+        starts = range(0, self.rows, PIECE_ROWS)
+        return (rows for _, rows in in_order(lambda start: self.packets(start, start + PIECE_ROWS), starts))
 
     def chunk(self, first: int) -> NDArray[np.uint8]:
         """Read the chunk of schema.CHUNK_ROWS rows that begins at row `first`; return the bytes of the rows.

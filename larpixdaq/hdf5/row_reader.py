@@ -7,6 +7,7 @@ for several pieces at a time, because inflating takes most of the time and does 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import deque
@@ -39,7 +40,7 @@ _FILTERS: Final = ([h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE], [h5py.h5z
 
 
 class Selection(NamedTuple):
-    """Which rows are wanted: by their columns, None: all, and by their numbers. A row must fit each field.
+    """Which rows are wanted: by their columns, None: all, by their numbers and their time. A row must fit each field.
 
     Rows of types 4 to 7 belong to no io_channel, chip and channel.
     """
@@ -52,6 +53,9 @@ class Selection(NamedTuple):
     #: As of a slice: negative numbers count from the end; `stop` None: to the end.
     start: int = 0
     stop: int | None = None
+    #: Time of arrival, unix ns: of whole blocks that arrived from `begin_ns` on and before `end_ns`, at least in part.
+    begin_ns: float = -math.inf
+    end_ns: float = math.inf
     #: Whether configuration packets (types 2 and 3) have the channel that stands in their rows, or none.
     config_channels: bool = True
 
@@ -77,6 +81,10 @@ class Selection(NamedTuple):
             _numbers("channel", channel),
             config_channels=False,
         )
+
+    @property
+    def by_time(self) -> bool:
+        return self.begin_ns > -math.inf or self.end_ns < math.inf
 
     @property
     def by_content(self) -> bool:

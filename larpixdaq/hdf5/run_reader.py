@@ -11,9 +11,10 @@ import math
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -26,7 +27,7 @@ from larpixdaq.errors import FileError, FormatError
 from larpixdaq.hdf5 import ledger, names, run_report, tables
 from larpixdaq.hdf5.part_reader import InfoLine, Part, is_unmade, open_part
 from larpixdaq.hdf5.reader import PIECE_ROWS, DataFile, comments, may_be_written, text
-from larpixdaq.hdf5.row_reader import THREADS, Columns, Selection, in_order
+from larpixdaq.hdf5.row_reader import EVERYTHING, THREADS, Columns, Selection, in_order
 from larpixdaq.hdf5.run_report import RunReport
 from larpixdaq.hdf5.tables import RunInfo
 from larpixdaq.protocol.reports import Comment
@@ -151,7 +152,7 @@ def open_run(
     path = Path(source)
     if not os.fspath(source):
         raise FileError("expected a path, found an empty text")
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir() raises for a name that is too long
         runs = sorted({run for run, *_ in names.run_files(path)})
         if len(runs) != 1:
             found = f"runs {', '.join(map(str, runs[:10]))}{', …' if runs[10:] else ''}" if runs else "no file of a run"
@@ -165,11 +166,11 @@ def open_run(
     return Run(_of_file(path, parts, storage), missing_ok=missing_ok)
 
 
-def follow_parts(path: Path, start: int = 0, patience: float = 15.0) -> Iterator[PartRows | None]:
+def follow_parts(path: Path, selection: Selection = EVERYTHING, patience: float = 15.0) -> Iterator[PartRows | None]:
     """Read the rows of a growing run, part by part, until it ends; None between two looks.
 
     path: one of its files, whose part is the first one, or a directory, of whose newest run all parts are read.
-    start: first row, counted from the begin of the first part; negative: from the end.
+    selection: of it first row, counted from the begin of the first part, and times count.
     patience: seconds to wait for a part that is being made, for the recovery of a part, and for the next part.
 
     FileError if a file cannot be read, if the storage has died and none recovers its part, or if there is no such run.
@@ -187,7 +188,7 @@ def follow_parts(path: Path, start: int = 0, patience: float = 15.0) -> Iterator
             yield None
             time.sleep(POLL)
     with run:
-        yield from run.follow_parts(start, patience)
+        yield from run.follow_parts(selection, patience)
 
 
 class _Listing(NamedTuple):
@@ -218,7 +219,7 @@ def _list_parts(
 
 def _newest(path: Path) -> _Listing:
     """List the parts of the newest run in a directory, or of the run of a file, from the part of this file on."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         name, directory = names.parse(path.name), path.parent
         if name is None:
             raise FileError(f"{path}: not the name of a file of a run, whose further parts could be followed")
@@ -265,7 +266,7 @@ def _worth(listing: _Listing) -> tuple[int, int, bool]:
 
 def _of_file(path: Path, parts: bool, storage: str | None) -> _Listing:
     directory = path.parent
-    name = names.parse(path.name) or _first_name(path)
+    name = names.parse(path.name) or (_first_name(path) if parts else None)
     if name is None or not parts:
         return _Listing(directory, None, {name.part if name else 0: path})
     if storage is not None and names.label(storage) != name.storage:
@@ -289,13 +290,13 @@ def _first_name(path: Path) -> names.FileName | None:
 
 
 class _Task(NamedTuple):
-    """Rows `low` to `high` of a part, and of these only those in stretches; `first`: its first row in the run."""
+    """Rows `low` to `high` of a part, of these only those in stretches; `first`: the part's first row in the run."""
 
     part: Part
     first: int
     low: int
     high: int
-    stretches: list[tuple[int, int]] | None
+    stretches: list[tuple[int, int]]
 
 
 class PartRows(NamedTuple):
@@ -465,21 +466,34 @@ class Run:
         A growing run is read as it was at the last refresh(). FormatError for an impossible argument; FileError, during
         the iteration, for damage, with the place.
         """
+        selection = Selection.of(io_group, io_channel, chip, channel, packet_type)._replace(
+            start=int(start),
+            stop=None if stop is None else int(stop),
+            begin_ns=_ns("begin", begin, -math.inf),
+            end_ns=_ns("end", end, math.inf),
+        )
+        return self.selected(selection, columns, rows=rows, threads=threads)
+
+    def selected(
+        self,
+        selection: Selection,
+        columns: str | Sequence[str] | None = None,
+        *,
+        rows: int = PIECE_ROWS,
+        threads: int = THREADS,
+    ) -> Generator[NDArray[Any], None, None]:
+        """Read rows as chunks() does."""
         wanted = Columns(self.dtype, columns)
-        chosen = Selection.of(io_group, io_channel, chip, channel, packet_type).row_filter(self.dtype, self.files[0])
+        chosen = selection.row_filter(self.dtype, self.files[0])
         if rows < 1 or threads < 1:
             raise FormatError(f"rows {rows}, threads {threads}: expected at least 1")
-        times = None if begin is None and end is None else (_ns("begin", begin, 0.0), _ns("end", end, np.inf))
-        start, stop = int(start), None if stop is None else int(stop)
-        if start < 0 or (stop is not None and stop < 0):
-            start, stop, _ = slice(start, stop).indices(self.rows)
-        tasks = self._tasks(start, stop, times, rows)
+        tasks = self._tasks(selection, rows)
 
         def read(task: _Task) -> NDArray[Any]:
             part, first, low, high, stretches = task
             return part.read(low, high, wanted, chosen, stretches, first)
 
-        def pieces() -> Iterator[NDArray[Any]]:
+        def pieces() -> Generator[NDArray[Any], None, None]:
             for _, found in in_order(read, tasks, threads):
                 for low in range(0, len(found), rows):
                     yield found[low : low + rows]
@@ -504,12 +518,17 @@ class Run:
         for low, high in self._looks(start, patience):
             yield from self.chunks(columns, start=low, stop=high, **selection)
 
-    def follow_parts(self, start: int, patience: float) -> Iterator[PartRows | None]:
-        """As follow(), with the part of the rows; None after each look. FileError if the run does not end."""
+    def part_rows(self, selection: Selection) -> Iterator[PartRows]:
+        """Read the rows that a selection allows by their numbers and their time, with the part that they are in."""
         columns = Columns(self.dtype)
-        for first, stop in self._looks(start, patience):
-            for part, _, low, high, _ in self._tasks(first, stop, None, PIECE_ROWS):
-                yield PartRows(part, low, part.read(low, high, columns))
+        for part, _, _, _, stretches in self._tasks(selection, PIECE_ROWS):
+            for start, stop in stretches:
+                yield PartRows(part, start, part.read(start, stop, columns))
+
+    def follow_parts(self, selection: Selection, patience: float) -> Iterator[PartRows | None]:
+        """As part_rows(), until the run ends; None after each look. FileError if the run does not end."""
+        for first, stop in self._looks(selection.start, patience):
+            yield from self.part_rows(selection._replace(start=first, stop=stop))
             yield None
         if self._last_condition in _UNFINISHED:
             last = self._last
@@ -543,8 +562,11 @@ class Run:
         """Condition of the newest part, which is that of the run as far as it goes on or has ended."""
         return str(self._last.file.run_info()["condition"]) if self.own else ""
 
-    def _tasks(self, start: int, stop: int | None, times: tuple[float, float] | None, rows: int) -> Iterator[_Task]:
-        """Divide rows `start` to `stop` into pieces for threads, of whole chunks where possible."""
+    def _tasks(self, selection: Selection, rows: int) -> Iterator[_Task]:
+        """Divide the rows that a selection allows by number and time into pieces, of whole chunks where possible."""
+        start, stop = selection.start, selection.stop
+        if start < 0 or (stop is not None and stop < 0):
+            start, stop, _ = slice(start, stop).indices(self.rows)
         for number, first, length in self._visible():
             low, high = max(start - first, 0), length if stop is None else min(stop - first, length)
             if stop is not None and first >= stop:
@@ -554,24 +576,10 @@ class Run:
             part = self._part(number)
             chunk = part.file.chunk_rows or PIECE_ROWS
             size = max(rows - rows % chunk, chunk)
-            if times is None:
-                for at in range(low - low % size, high, size):
-                    yield _Task(part, first, max(at, low), min(at + size, high), None)
-                continue
-            waiting: list[tuple[int, int]] = []
-            for one, other in part.stretches(*times):
-                one, other = max(one, low), min(other, high)
-                while one < other:
-                    border = min(other, one - one % size + size)
-                    if waiting and waiting[0][0] // size == one // size:
-                        waiting.append((one, border))
-                    else:
-                        if waiting:
-                            yield _Task(part, first, waiting[0][0], waiting[-1][1], waiting)
-                        waiting = [(one, border)]
-                    one = border
-            if waiting:
-                yield _Task(part, first, waiting[0][0], waiting[-1][1], waiting)
+            arrived = part.stretches(selection.begin_ns, selection.end_ns) if selection.by_time else [(low, high)]
+            for _, piece in groupby(_cut(arrived, low, high, size), key=lambda stretch: stretch[0] // size):
+                stretches = list(piece)
+                yield _Task(part, first, stretches[0][0], stretches[-1][1], stretches)
 
     # What is known beside the rows
 
@@ -701,6 +709,16 @@ class Run:
         """Yield the file of each part, if larpix-daq wrote it."""
         for number in list(self._files) if self.own else ():
             yield self._part(number).file
+
+
+def _cut(stretches: Iterable[tuple[int, int]], low: int, high: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut stretches of rows (row, row after) at `low` and `high`, and at each multiple of `size`."""
+    for start, stop in stretches:
+        start, stop = max(start, low), min(stop, high)
+        while start < stop:
+            border = min(stop, start - start % size + size)
+            yield start, border
+            start = border
 
 
 def _configuration(row: Any, producer: str) -> ChipConfiguration:

@@ -21,6 +21,7 @@ from larpixdaq import open_run
 from larpixdaq.errors import FileError, FormatError
 from larpixdaq.hdf5.layout import NO_FILTERS
 from larpixdaq.hdf5.reader import DataFile
+from larpixdaq.hdf5.row_reader import Selection
 from larpixdaq.hdf5.run_reader import follow_parts
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.hdf5.writer import RunFile
@@ -334,7 +335,7 @@ def test_following_a_run_to_its_end(writer, tmp_path):
         (tmp_path, -3, [(1, sizes[1] - 3, 3)]),
         (paths[1], 2, [(1, 2, sizes[1] - 2)]),
     ):
-        pieces = [piece for piece in follow_parts(path, start) if piece is not None]
+        pieces = [piece for piece in follow_parts(path, Selection(start=start)) if piece is not None]
         assert [(piece.part.number, piece.first, len(piece.rows)) for piece in pieces] == expected
 
 

@@ -729,8 +729,8 @@ def use_tools(path: Path) -> None:
         repartition([path], directory, Borders(rows=300), "split")
 
     def write(directory: Path) -> None:
-        with DataFile(path) as file:
-            export(file, directory / "x.csv", "csv", Selection(types=(0, 4), channels=(1, 2)))
+        with open_run(path, parts=False) as run:
+            export(run, directory / "x.csv", "csv", Selection(types=(0, 4), channels=(1, 2)))
 
     for tool in (lambda directory: salvage(path, directory), copy, divide, write):
         new.mkdir()

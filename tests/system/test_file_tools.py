@@ -6,16 +6,17 @@ import os
 import stat
 import subprocess
 import sys
+from datetime import datetime, timezone
 
 import h5py
 import numpy as np
 import pytest
 from disk import Disk
-from file_builder import V1, V2, V3, Feed, random_rows, run_info, write
+from file_builder import NS, V1, V2, V3, Feed, random_rows, run_info, timed, write
 from larpix_control import hdf5format, packets_v2
 from processes import LIMIT
 
-from larpixdaq import cli
+from larpixdaq import cli, open_run
 from larpixdaq.hdf5.new_file import KEEP_FREE
 from larpixdaq.hdf5.raw_file import make_raw
 from larpixdaq.hdf5.writer import RunFile
@@ -268,6 +269,32 @@ def test_cat_of_some_rows(tmp_path, capsys):
         assert cli.main(["cat", "--json", *arguments, str(report.path)]) == 0
         found = [json.loads(line)["row"] for line in capsys.readouterr().out.splitlines()]
         assert found == np.flatnonzero(expected).tolist(), arguments
+
+
+def test_rows_of_some_time(tmp_path, capsys):
+    """Whole blocks, as open_run selects them, by cat, cat --follow and export."""
+    file, feed, rng = RunFile(tmp_path, run_info()), Feed(), np.random.default_rng(1)
+    for second in range(6):
+        file.add(*timed(*feed.block(random_rows(rng, 300)), second, second + 0.5))
+    file.end(feed.end())
+    path = file.close().path
+    with open_run(path) as run:
+        wanted = run.read("row", begin=NS / 1e9 + 2, end=NS / 1e9 + 4).tolist()
+        later = run.read("row", begin=NS / 1e9 + 4).tolist()
+    assert (len(wanted), len(later)) == (600, 600)
+    since, until = (datetime.fromtimestamp(NS / 1e9 + after, timezone.utc).isoformat()[:19] for after in (2, 4))
+    times = ["--since", since, "--until", until]
+    assert cli.main(["cat", "--json", *times, str(path)]) == 0
+    assert [json.loads(line)["row"] for line in capsys.readouterr().out.splitlines()] == wanted
+    assert cli.main(["cat", "--json", "--follow", "--since", until, str(path)]) == 0
+    assert [json.loads(line)["row"] for line in capsys.readouterr().out.splitlines()] == later
+    assert cli.main(["export", "--format", "npy", *times, str(path)]) == 0
+    assert "600 rows" in capsys.readouterr().out
+    assert cli.main(["cat", "--since", until, "--until", since, str(path)]) == 2
+    assert "--until is before --since" in capsys.readouterr().err
+    hdf5format.to_file(str(tmp_path / "x.h5"), packets_v2(np.zeros(3, np.uint64)), version="2.4", workers=1)
+    assert cli.main(["cat", "--since", since, str(tmp_path / "x.h5")]) == 1
+    assert "cannot be selected by their time" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0", "2.1", "2.2", "2.3", "2.4"])
