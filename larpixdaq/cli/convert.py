@@ -6,29 +6,22 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import msgspec
-from rich.console import Console
 
 from larpixdaq import config
+from larpixdaq.cli.progress import ProgressLine, time_left
 from larpixdaq.cli.system import plain_console
 from larpixdaq.constants import IO_GROUPS
 from larpixdaq.errors import FileError, printable
 from larpixdaq.runtime.file_access import add_lock_dir_argument, lock_directory
-from larpixdaq.runtime.units import duration, parse_whole, size
+from larpixdaq.runtime.units import parse_whole, size
 from larpixdaq.schema import ASICS
 from larpixdaq.storage.conversion import Options, Progress, Report, target_of
 from larpixdaq.storage.convert import Job, convert_all, recordings_in
-
-#: Seconds between two lines of progress, on a terminal and elsewhere.
-_TERMINAL: Final = 0.5
-_ELSEWHERE: Final = 10.0
-#: Seconds from which on the rate says something about the time left.
-_SURE: Final = 2.0
 
 
 def add_commands(commands: Any) -> None:
@@ -161,25 +154,21 @@ def _jobs_of(paths: list[Path], directory: Path | None) -> tuple[list[Job], set[
 
 
 class _ShownProgress:
-    """One line on stderr: bytes of all recordings so far, rate and time left. On a terminal it is written anew."""
+    """One line on stderr: bytes of all recordings so far, rate and time left."""
 
     def __init__(self, jobs: list[Job]) -> None:
-        self._console: Console = plain_console(stderr=True)
-        self._terminal = sys.stderr.isatty()
+        self._line = ProgressLine()
+        self.clear = self._line.clear
         self._sizes = {job.source: _size(job.source) for job in jobs}
         self._fractions = dict.fromkeys(self._sizes, 0.0)
         self._words = dict.fromkeys(self._sizes, 0)
         self._found: set[str] = set()  # recordings that were converted already, or were refused: no work
         self._finished = 0
         self._began = time.monotonic()
-        self._next = self._began + (_TERMINAL if self._terminal else _ELSEWHERE)
-        self._width = 0
 
     def take(self, job: Job, progress: Progress) -> None:
         self._fractions[job.source], self._words[job.source] = progress.fraction, progress.words
-        if (now := time.monotonic()) >= self._next:
-            self._next = now + (_TERMINAL if self._terminal else _ELSEWHERE)
-            self._show(now - self._began)
+        self._line.show(self._text)
 
     def finish(self, report: Report) -> None:
         self._finished += 1
@@ -189,29 +178,17 @@ class _ShownProgress:
         else:
             self._found.add(report.source)
 
-    def _show(self, seconds: float) -> None:
+    def _text(self) -> str:
+        seconds = time.monotonic() - self._began
         counted = [source for source in self._sizes if source not in self._found]
         total = sum(self._sizes[source] for source in counted)
         done = sum(self._sizes[source] * self._fractions[source] for source in counted)
         words = sum(self._words[source] for source in counted)
-        left = f", {duration(seconds * (total - done) / done)} left" if done and seconds > _SURE else ""
-        line = (
+        return (
             f"{100 * done / max(1, total):.0f} % of {size(total)}, {self._finished} of {len(self._sizes)} recordings, "
-            f"{size(done / seconds)}/s, {words / seconds / 1e6:.2f} M words/s{left}"
+            f"{size(done / seconds)}/s, {words / seconds / 1e6:.2f} M words/s"
+            f"{time_left(seconds, done, total)}"
         )
-        if self._terminal:
-            sys.stderr.write(f"\r{line:<{self._width}}")
-            sys.stderr.flush()
-            self._width = len(line)
-        else:
-            self._console.print(line)
-
-    def clear(self) -> None:
-        """Remove the line from the terminal, for a line on stdout."""
-        if self._terminal and self._width:
-            sys.stderr.write(f"\r{'':<{self._width}}\r")
-            sys.stderr.flush()
-            self._width = 0
 
 
 def _size(source: str) -> int:

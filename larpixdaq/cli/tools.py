@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq import config, schema
+from larpixdaq.cli.progress import ProgressLine, time_left
 from larpixdaq.cli.system import plain_console
 from larpixdaq.errors import FileError, LarpixDaqError, RequestError, UsageError, printable
 from larpixdaq.hdf5 import names, repartition
@@ -506,21 +508,22 @@ def split(options: argparse.Namespace) -> int:
     lock_directory.use(options.lock_dir, options.state_dir)
     borders = Borders(options.rows, options.every)
 
-    def do(paths: list[Path]) -> list[NewPart]:
+    def do(paths: list[Path], progress: _Copying) -> list[NewPart]:
         if not repartition.is_own(paths[0]):
-            return _split_foreign(paths[0], options)
+            return _split_foreign(paths[0], options, progress)
         if not options.by_io_group:
-            return repartition.repartition(paths, options.output_dir, borders, "split")
+            progress.begin(paths)
+            return repartition.repartition(paths, options.output_dir, borders, "split", report=progress.add)
         return _for_each_board(
-            paths, options.output_dir, lambda directory, board: repartition.repartition(
-                paths, directory, Borders(), "split", board
+            paths, options.output_dir, progress, lambda directory, board: repartition.repartition(
+                paths, directory, Borders(), "split", board, progress.add
             ),
         )  # fmt: skip
 
     return _remake(options, do)
 
 
-def _split_foreign(path: Path, options: argparse.Namespace) -> list[NewPart]:
+def _split_foreign(path: Path, options: argparse.Namespace, progress: _Copying) -> list[NewPart]:
     if options.every is not None:
         raise FileError(
             f"{path}: larpix-daq did not write it, so that its rows have no time of arrival: split it by rows"
@@ -528,19 +531,21 @@ def _split_foreign(path: Path, options: argparse.Namespace) -> list[NewPart]:
     stem = path.name.removesuffix(names.FINISHED)
     if options.by_io_group:
         return _for_each_board(
-            [path], options.output_dir, lambda directory, board: [
-                repartition.copy_rows([path], directory / path.name, "split", io_group=board)
+            [path], options.output_dir, progress, lambda directory, board: [
+                repartition.copy_rows([path], directory / path.name, "split", io_group=board, report=progress.add)
             ],
         )  # fmt: skip
     with DataFile(path) as file:
         starts = range(0, max(1, file.rows), options.rows)
+    progress.begin([path])
     made: list[NewPart] = []
     targets = [options.output_dir / f"{stem}_{number:03d}.h5" for number in range(len(starts))]
     try:
         for target in targets:
             check_new(target)
         for start, target in zip(starts, targets, strict=True):
-            made.append(repartition.copy_rows([path], target, "split", start, start + options.rows))
+            stop = start + options.rows
+            made.append(repartition.copy_rows([path], target, "split", start, stop, report=progress.add))
     except BaseException:
         for part in made:
             part.path.unlink(missing_ok=True)
@@ -548,7 +553,9 @@ def _split_foreign(path: Path, options: argparse.Namespace) -> list[NewPart]:
     return made
 
 
-def _for_each_board(paths: Sequence[Path], directory: Path, do: Callable[[Path, int], list[NewPart]]) -> list[NewPart]:
+def _for_each_board(
+    paths: Sequence[Path], directory: Path, progress: _Copying, do: Callable[[Path, int], list[NewPart]]
+) -> list[NewPart]:
     """Make the files of each board in a new directory of its own, or nothing."""
     boards: set[int] = set()
     for path in paths:
@@ -557,6 +564,7 @@ def _for_each_board(paths: Sequence[Path], directory: Path, do: Callable[[Path, 
                 boards.update(np.unique(repartition.boards_of(rows)).tolist())
     made: list[NewPart] = []
     directories: list[Path] = []
+    progress.begin(paths, len(boards - {0}))
     try:
         for board in sorted(boards - {0}):
             new = directory / f"io_group_{board}"
@@ -578,17 +586,46 @@ def _for_each_board(paths: Sequence[Path], directory: Path, do: Callable[[Path, 
 def merge(options: argparse.Namespace) -> int:
     lock_directory.use(options.lock_dir, options.state_dir)
 
-    def do(paths: list[Path]) -> list[NewPart]:
+    def do(paths: list[Path], progress: _Copying) -> list[NewPart]:
+        progress.begin(paths)
         if repartition.is_own(paths[0]):
-            return repartition.repartition(paths, options.output_dir, Borders(), "merge")
-        stem = paths[0].name.removesuffix(names.FINISHED)
-        return [repartition.copy_rows(paths, options.output_dir / f"{stem}.merged.h5", "merge")]
+            return repartition.repartition(paths, options.output_dir, Borders(), "merge", report=progress.add)
+        target = options.output_dir / f"{paths[0].name.removesuffix(names.FINISHED)}.merged.h5"
+        return [repartition.copy_rows(paths, target, "merge", report=progress.add)]
 
     return _remake(options, do, join_foreign=True)
 
 
+class _Copying:
+    """One line on stderr: how much of a run, or of another file, is copied, rate and time left."""
+
+    def __init__(self, name: str, line: ProgressLine) -> None:
+        self._name, self._line = name, line
+        self._rows = self._total = 0
+        self._began = 0.0
+
+    def begin(self, paths: Sequence[Path], times: int = 1) -> None:
+        """Begin to copy the rows of these files, each `times` times. FileError if a file cannot be read."""
+        for path in paths:
+            with DataFile(path) as file:
+                self._total += times * file.rows
+        self._began = time.monotonic()
+
+    def add(self, rows: int) -> None:
+        """Count rows that were read."""
+        self._rows += rows
+        self._line.show(self._text)
+
+    def _text(self) -> str:
+        seconds = max(time.monotonic() - self._began, 1e-3)
+        return (
+            f"{self._name}: {100 * self._rows / max(1, self._total):.0f} % of {self._total / 1e6:.1f} M rows copied, "
+            f"{self._rows / seconds / 1e6:.2f} M rows/s{time_left(seconds, self._rows, self._total)}, then verified"
+        )
+
+
 def _remake(
-    options: argparse.Namespace, do: Callable[[list[Path]], list[NewPart]], *, join_foreign: bool = False
+    options: argparse.Namespace, do: Callable[[list[Path], _Copying], list[NewPart]], *, join_foreign: bool = False
 ) -> int:
     """Make new files of each run, or other file, verify them, and report."""
     if not os.path.isdir(options.output_dir):
@@ -597,9 +634,14 @@ def _remake(
     if join_foreign and (foreign := [group[0] for group in groups if not repartition.is_own(group[0])]):
         groups = [group for group in groups if group[0] not in foreign] + [foreign]
     first = {group[0]: group for group in groups}
+    line = ProgressLine()
 
     def remake(path: Path) -> tuple[bool, list[str], dict[str, Any]]:
-        made = do(first[path])
+        number = f" ({list(first).index(path) + 1} of {len(first)})" if len(first) > 1 else ""
+        try:
+            made = do(first[path], _Copying(f"{path.name}{number}", line))
+        finally:
+            line.clear()
         lines, facts, good = [], [], True
         for part in made:
             report = verification.verify(part.path)

@@ -14,7 +14,7 @@ attribute `made_from` of /_header names the files.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -85,11 +85,17 @@ def is_own(path: Path) -> bool:
 
 
 def repartition(
-    paths: Sequence[Path], directory: Path, borders: Borders, tool: str, io_group: int | None = None
+    paths: Sequence[Path],
+    directory: Path,
+    borders: Borders,
+    tool: str,
+    io_group: int | None = None,
+    report: Callable[[int], None] = lambda _: None,
 ) -> list[NewPart]:
     """Write the blocks of consecutive parts of one run into new parts in another directory, all of them or none.
 
-    `tool`: the name of the command, for the texts. `io_group`: only rows of this board, and INFO messages.
+    `tool`: the name of the command, for the texts. `io_group`: only rows of this board, and INFO messages. `report` is
+    called with the number of rows of each block that was read.
     FileError if the parts do not belong together, are not finished or damaged, or the new ones cannot be written.
     """
     if not directory.is_dir():
@@ -100,7 +106,7 @@ def repartition(
             parts = [_OldPart(stack.enter_context(DataFile(path, own=True))) for path in paths]
             _check_parts(parts)
             new = _Repartition(parts, directory, borders, tool, io_group)
-            new.write()
+            new.write(report)
             return new.publish()
         except BaseException as error:
             if new is not None:
@@ -302,7 +308,7 @@ class _Repartition:
         self._made: dict[BlockOrigin, int] = {}  # rows of the board so far
         self._first_ns = 0  # of the new part
 
-    def write(self) -> None:
+    def write(self, report: Callable[[int], None]) -> None:
         """Write all new parts, without their final names."""
         for part in self._parts:
             self._take_texts(part)
@@ -317,6 +323,7 @@ class _Repartition:
                     check_room(self._directory)
                 row += len(rows)
                 self._current.add(*self._of_board(block, rows))
+                report(len(rows))
             for end in part.ends():
                 self._current.end(self._end_of_board(end))
             self._end_stretch(part, row, 0)
@@ -480,10 +487,17 @@ def _run_info(parts: Sequence[_OldPart], io_group: int | None) -> RunInfo:
 
 
 def copy_rows(
-    paths: Sequence[Path], target: Path, tool: str, start: int = 0, stop: int | None = None, io_group: int | None = None
+    paths: Sequence[Path],
+    target: Path,
+    tool: str,
+    start: int = 0,
+    stop: int | None = None,
+    io_group: int | None = None,
+    report: Callable[[int], None] = lambda _: None,
 ) -> NewPart:
     """Write the rows of files of another program into a new file, with their tables: rows `start` to `stop` of one
     file, or all rows of several files with the same columns. `io_group`: only rows of this board, and messages.
+    `report` is called with each number of rows that were read.
     """
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(DataFile(path)) for path in paths]
@@ -504,6 +518,7 @@ def copy_rows(
                 messages.begin(file, begin)
                 for at in range(begin - begin % _PIECE, end, _PIECE):
                     piece = file.packets(max(begin, at), min(at + _PIECE, end))
+                    report(len(piece))
                     if io_group is not None:
                         piece = piece[_board_rows(piece, io_group)]
                     rows.add(messages.take(piece))

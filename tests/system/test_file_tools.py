@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -148,7 +149,7 @@ def test_bad_files(tmp_path, good, capsys, tool, make):
 @pytest.mark.parametrize("tool", TOOLS)
 def test_names(tmp_path, good, capsys, tool):
     """Files that do not exist, names that look like options, empty names, names with control characters."""
-    for name in ("-absent.h5", "--help.h5", "absent\x1b[31m\n.h5", "a" * 300):
+    for name in ("-absent.h5", "--help.h5", "absent\x1b[31m\n.h5", "a" * 300, f"{'a' * 300}.h5.part"):
         status, text = run(tool, f"./{name}", good, tmp_path, capsys)
         assert status == 1, text
         assert all(line.isprintable() for line in text.splitlines())
@@ -333,6 +334,21 @@ def test_a_part_that_is_being_written(tmp_path, capsys):
         assert "another process writes or recovers this part" in text
     finally:
         file.abandon()
+
+
+def test_progress_of_split_and_merge(tmp_path, good, capsys, monkeypatch):
+    monkeypatch.setattr("larpixdaq.cli.progress._ELSEWHERE", 0.0)
+    foreign, packets = tmp_path / "x.h5", packets_v2(np.zeros(3, np.uint64))
+    for packet in packets:
+        packet.io_group = 1
+    hdf5format.to_file(str(foreign), packets, version="2.4", workers=1)
+    for tool in ("split", "split by board", "merge"):
+        for path in (good, foreign):
+            out = tmp_path / f"{tool} {path.name}"
+            out.mkdir()
+            assert cli.main([part.format(str(path), good=good, out=out) for part in TOOLS[tool]]) == 0
+            line = capsys.readouterr().err.splitlines()[-1]
+            assert re.fullmatch(rf"{path.name}: 100 % of 0\.0 M rows copied, .* M rows/s, then verified", line)
 
 
 def test_several_files(tmp_path, capsys):
