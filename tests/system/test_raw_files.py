@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,15 @@ def sidecars(files: list[Path]) -> list[Path]:
     raws = [path.with_name(path.name.removesuffix(names.FINISHED) + names.RAW) for path in files]
     until(lambda: all(raw.with_suffix(".json").exists() for raw in raws), "the raw files", 3 * LIMIT)
     return raws
+
+
+def finished_with(folder: Path, sent: dict[str, dict[str, int]]) -> list[Path]:
+    """Return the files of the folder, in order, once no part is open and they have all words of the boards; else []."""
+    if names.unfinished_parts(folder):
+        return []
+    files = [path for path in sorted(folder.iterdir()) if names.is_packet_file(path.name)]
+    words = sum((Counter(count_words(path)) for path in files), Counter())
+    return files if words == {int(group): counts["words"] for group, counts in sent.items()} else []
 
 
 def test_messages_that_a_board_sends_come_back(line: System, tmp_path: Path) -> None:
@@ -90,8 +100,7 @@ def test_a_killed_storage_loses_no_word_of_the_raw_files(line: System) -> None:
         line.restart("offline_storage")
         sent = board.finish()["sent"]
         operator.end_run().result(2 * LIMIT)  # it may end before the part is recovered
-        until(lambda: not list(line.data.glob("*.journal")), "the recovery of the part", 3 * LIMIT)
-        files = [path for path in sorted(line.data.iterdir()) if names.is_packet_file(path.name)]
+        files = until(lambda: finished_with(line.data, sent), "all words in finished files", 3 * LIMIT)
         raws = sidecars(files)
     totals = dict.fromkeys(sent, 0)
     for path, raw in zip(files, raws, strict=True):
