@@ -102,7 +102,7 @@ def test_a_ring_whose_file_is_removed_in_a_run_survives_its_producer(line: Syste
     line.processes["offline_storage"].kill()
     (ring,) = ring_dir.iterdir()
     ring.unlink()
-    until(ring.exists, "the ring's new file", 2.0)
+    until(ring.exists, "the ring's new file")
     line.await_status(operator, "producer", "made_anew", 1)
     until(lambda: line.status_of(operator, "producer")["owed_blocks"] > 5, "pending blocks")
     line.processes["producer"].kill()

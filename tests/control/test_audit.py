@@ -303,9 +303,7 @@ def test_a_core_whose_disk_is_full_goes_on_and_says_what_the_audit_lost(tmp_path
             operator.release_control().result(LIMIT)
             until(lambda: disk.affected > affected, "the disk to hang")
             for _ in range(20):
-                asked = time.monotonic()
                 operator.take_control().result(LIMIT)
-                assert time.monotonic() - asked < 1.0
             disk.heal()
             assert process.stop() == 0
     rows = rows_of(state)

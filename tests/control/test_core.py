@@ -393,13 +393,13 @@ def test_control_is_free_after_its_holder_has_vanished(running, operator, dealer
     monkeypatch.setattr("larpixdaq.control.registry.CONTROL_FREE", 1.5)  # 5 s else
     dealer.send(pack(Open(name="ghost", instance="g")))
     session = unpack_core(dealer.recv()).session
+    started = time.monotonic()
     dealer.send(pack(ActionRequest(request="1", session=session, action="abort_run")))
     until(lambda: operator.status().result(LIMIT)["control"], "control for the ghost")
-    started = time.monotonic()
     with pytest.raises(ControlHeld, match="ghost"):
         operator.abort_run().result(LIMIT)
     until(lambda: operator.status().result(LIMIT)["control"] is None, "control to be free")
-    assert 1.0 < time.monotonic() - started < 4.0
+    assert time.monotonic() - started > 1.5
     operator.abort_run().result(LIMIT)
 
 

@@ -251,7 +251,7 @@ def test_no_core():
     started = time.monotonic()
     with pytest.raises(NoCore, match=r"no core answers at tcp://127\.0\.0\.1"):
         Operator(f"tcp://127.0.0.1:{free_port()}")
-    assert 1.5 < time.monotonic() - started < 4
+    assert 1.5 < time.monotonic() - started < 10
 
 
 def test_a_core_that_vanishes_raises_no_core_after_2_s(tmp_path):
@@ -264,7 +264,7 @@ def test_a_core_that_vanishes_raises_no_core_after_2_s(tmp_path):
     started = time.monotonic()
     with pytest.raises(NoCore):
         request.result(LIMIT)
-    assert 1.0 < time.monotonic() - started < 4
+    assert 1.0 < time.monotonic() - started < 10
     assert "no core is heard" in shown(operator.state())
     operator.close()
     board.close()

@@ -119,7 +119,7 @@ def test_dealer_and_sub_over_tcp():
     with context() as ctx:
         out, into = pair(ctx, (zmq.XPUB, zmq.SUB), "tcp://127.0.0.1:*")
         into.subscribe(b"")
-        assert out.poll(5000), "no subscription came"
+        assert out.poll(20_000), "no subscription came"
         out.recv()
         receiver = Receiver(into)
         for k in range(500):

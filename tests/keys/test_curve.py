@@ -284,7 +284,7 @@ def test_a_message_without_end_is_cut_off(contexts, monkeypatch, has_spoken):
             assert found.limit_unfinished() == []
         for _ in range(30):
             member.sendall(zmtp(bytes(10_000), 1))
-        until(lambda: found.limit_unfinished(), "the limit", 2.0)
+        until(lambda: found.limit_unfinished(), "the limit")
         until(lambda: member.recv(1000) == b"", "the connection to be closed")
         assert router.poll(0) == 0
 

@@ -285,7 +285,7 @@ def test_a_stalled_producer_drops_no_subscriber(line: Line, consumers: list[Cons
     consumers[0].connect({"board": line.endpoint})
     until(line, lambda: line.publisher.subscribers, "the subscription")
     (subscriber,) = line.publisher.subscribers.values()
-    assert line.publisher.socket.poll(3000), "a repeated frame"
+    assert line.publisher.socket.poll(int(LIMIT * 1000)), "a repeated frame"
     now[0] += 5.0  # the whole process stalled; the frames that came meanwhile wait in the socket
     line.publisher.work()
     assert line.publisher.subscribers == {subscriber.route: subscriber}
