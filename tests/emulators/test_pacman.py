@@ -290,7 +290,7 @@ def test_option_stay():
         command = ctx.socket(zmq.REQ)
         command.connect(f"tcp://127.0.0.1:{board.ready['1']['command']}")
         command.send(b"?\0\0\0\0\0\1\0P" + bytes(15))
-        assert command.poll(5000)
+        assert command.poll(LIMIT * 1000)
         board.stop()
         board.process.wait(LIMIT)
         assert board.process.returncode == 0

@@ -14,6 +14,7 @@ import pytest
 import zmq
 from decoder_harness import data_word, legacy, message_1_0, word_1_0
 from emulated_board import context, emulator
+from processes import LIMIT
 from source_driver import Driver
 
 from larpixdaq import constants, schema
@@ -209,7 +210,7 @@ def test_a_board_that_is_silent_lost_and_connected_again(source_at, monkeypatch)
         driver.until(lambda: out.poll(0), "the subscription")
         subscribed(out)
         out.send(message)
-        driver.until(lambda: driver.n == 4 and len(driver.problems) == 4, "the board to come back")
+        driver.until(lambda: driver.n == 4 and len(driver.problems) >= 4, "the board to come back")
         assert f"{name}: connected again" in driver.problems
         assert any("sends again after" in line for line in driver.problems)
         assert driver.source.due() is not None
@@ -276,7 +277,7 @@ def test_a_slow_resolver_holds_up_nothing(source_at, monkeypatch):
         if flags & socket.AI_NUMERICHOST:
             raise socket.gaierror("no number")
         asked.set()
-        assert go_on.wait(10)
+        assert go_on.wait(LIMIT)
         return real("127.0.0.1", port, family, kind)
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
