@@ -10,14 +10,16 @@ from larpixdaq.runtime.timing import Load, load_text
 
 def test_shares_follow_the_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SPAN", 0.2)
+    outer = time.monotonic()
     load = Load()
-    until = time.thread_time() + 0.2
-    began = time.monotonic()
-    while time.thread_time() < until:
+    inner, worked = time.monotonic(), time.thread_time()
+    while time.thread_time() < worked + 0.2:
         pass
+    inner = time.monotonic() - inner
     shares = load.shares()
-    worked = 0.2 / (time.monotonic() - began)
-    assert shares["loop"] == pytest.approx(worked, rel=0.3)
+    outer, worked = time.monotonic() - outer, time.thread_time() - worked
+    # A busy machine may interrupt this thread at any place.
+    assert 0.2 / outer - 0.001 <= shares["loop"] <= worked / inner + 0.001
     assert shares["process"] >= shares["loop"] - 0.01
 
 
