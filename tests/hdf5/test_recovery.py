@@ -702,7 +702,7 @@ def test_the_command_names_a_damaged_part(tmp_path, capsys):
 def test_killed_writers_and_recoveries_lose_nothing(tmp_path):
     """A short form of `python tests/faults/kill_file_writer.py --kills 500`, in a process that has no threads."""
     script = Path(__file__).parents[1] / "faults" / "kill_file_writer.py"
-    kills = examples(25)
+    kills = examples(15)
     process = subprocess.Popen(
         [sys.executable, script, "--kills", str(kills), "--seed", "7"],
         stdout=subprocess.PIPE,

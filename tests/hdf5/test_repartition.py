@@ -173,7 +173,7 @@ def test_one_board(tmp_path):
         assert {line["io_group"] for line in file_info(piece.path)["ledger"]} == {0, group}
 
 
-@settings(max_examples=examples(25), deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 900), min_size=1, max_size=8),
     limits=st.lists(st.integers(1, 3000), min_size=1, max_size=3),

@@ -91,7 +91,7 @@ def expected(rows, layout, io_group, chip, channel, kinds, io_channel=None):
     return mask
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(data=st.data())
 def test_selections_are_those_of_numpy_on_the_whole(parts, data):
     path, whole = parts
@@ -248,7 +248,7 @@ def same(found, wanted):
     return len(found) == len(wanted) and all(np.array_equal(found[name], wanted[name]) for name in columns)
 
 
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(steps=steps)
 def test_a_growing_run_is_seen_to_its_last_acknowledged_row(writer, tmp_path_factory, steps):
     """After each step the reader has all acknowledged rows; those seen before are the same, at the same place."""
