@@ -34,12 +34,12 @@ def messages(file):
         return b"".join(opened["messages"]["message"]).decode()
 
 
-def test_a_tile_that_draws_too_much_is_off_and_the_report_is_in_the_file(tmp_path):
+def test_a_tile_that_draws_too_much_is_off_and_the_report_is_in_the_file(line, tmp_path):
     chips = ("--chips", "200", "--asic", "2b", "--revision", "4", "--slow-read", "0")
-    with emulator(*chips, "--overload", "1:900") as board, system(tmp_path) as started:
+    with emulator(*chips, "--overload", "1:900") as board:
         (tmp_path / "up.py").write_text(ROUTINE)
         source = ("--pacman", *board.addresses, "--asic", "2b", "--pacman-revision", "4")
-        operator = started.start(*source, "--routines", tmp_path)
+        operator = line.start(*source, "--routines", tmp_path)
         report = operator.power_up(tiles=[0, 1], **LOW, limits={"vdda_ma": 150}).result(LIMIT)
         good, bad = report["tiles"]
         assert not report["ok"]
@@ -68,7 +68,7 @@ def test_a_tile_that_draws_too_much_is_off_and_the_report_is_in_the_file(tmp_pat
             operator.read_board(0x25000).result(LIMIT)
 
         def audited():
-            return [row for row in read_audit(tmp_path / "state") if row.action == "write_board"]
+            return [row for row in read_audit(line.folder / "state") if row.action == "write_board"]
 
         until(lambda: len(audited()) == 2, "the rows of the audit")
         assert audited()[0].detail == "values={'trigger_mask': 255}, io_group=None"
@@ -77,10 +77,10 @@ def test_a_tile_that_draws_too_much_is_off_and_the_report_is_in_the_file(tmp_pat
         assert "server_crashes" not in board.finish()["sent"]["1"]
 
 
-def test_a_board_that_restarts_in_the_middle_of_a_ramp_leaves_a_known_state(tmp_path):
+def test_a_board_that_restarts_in_the_middle_of_a_ramp_leaves_a_known_state(line, tmp_path):
     chips = ("--chips", "100", "--asic", "2b", "--revision", "4", "--slow-read", "0", "--reboot", "0.5:1")
-    with emulator(*chips, "--wait-for-go") as board, system(tmp_path) as started:
-        operator = started.start("--pacman", *board.addresses, "--asic", "2b", "--pacman-revision", "4")
+    with emulator(*chips, "--wait-for-go") as board:
+        operator = line.start("--pacman", *board.addresses, "--asic", "2b", "--pacman-revision", "4")
         ramp = operator.power_up(tiles=0, vdda_dac=30_000, vddd_dac=20_000)
         for response in ramp:
             if "tile 0: vdda DAC 2000" in response.text:
@@ -93,10 +93,10 @@ def test_a_board_that_restarts_in_the_middle_of_a_ramp_leaves_a_known_state(tmp_
         assert operator.power_up(tiles=0, **LOW).result(LIMIT)["ok"], "the board works again"
 
 
-def test_a_ramp_that_is_aborted_leaves_its_tile_off(tmp_path):
+def test_a_ramp_that_is_aborted_leaves_its_tile_off(line, tmp_path):
     chips = ("--chips", "100", "--asic", "2b", "--revision", "4", "--slow-read", "0")
-    with emulator(*chips) as board, system(tmp_path) as started:
-        operator = started.start("--pacman", *board.addresses, "--asic", "2b", "--pacman-revision", "4")
+    with emulator(*chips) as board:
+        operator = line.start("--pacman", *board.addresses, "--asic", "2b", "--pacman-revision", "4")
         ramp = operator.power_up(tiles=0, vdda_dac=60_000, vddd_dac=60_000)
         for response in ramp:
             if "tile 0: vdda DAC 2000" in response.text:
@@ -151,12 +151,12 @@ def test_boards_with_chips_of_two_generations_are_read_by_two_producers_in_one_r
         assert found == {(1, "2"), (2, "2b")}
 
 
-def test_a_board_with_32_uarts_has_the_clocks_of_the_right_io_channels(tmp_path):
+def test_a_board_with_32_uarts_has_the_clocks_of_the_right_io_channels(line, tmp_path):
     """Four tiles, the last two without their fourth io_channel. UARTs from the 12th on have other numbers."""
     network = tmp_path / "network.json"
     chips = ("--chips", "400", "--asic", "2b", "--revision", "5u32", "--power-on", "--write-network", str(network))
-    with emulator(*chips) as board, system(tmp_path) as started:
-        operator = started.start("--pacman", *board.addresses, "--asic", "2b", "--pacman-uarts", "32")
+    with emulator(*chips) as board:
+        operator = line.start("--pacman", *board.addresses, "--asic", "2b", "--pacman-uarts", "32")
         loaded = operator.load_board(str(network)).result(LIMIT)
         assert loaded["chips"] == 400
         result = operator.configure_network().result(SLOW)

@@ -204,7 +204,7 @@ def test_a_full_disk(tmp_path, good):
     out = tmp_path / "out"
     out.mkdir()
     disk = Disk(tmp_path, out)
-    for tool in ("split", "merge", "split by board", "export"):
+    for tool in ("split", "merge", "export"):
         for room, text in (
             (KEEP_FREE - 1, "255 MiB left"),
             (KEEP_FREE + 5000, "255 MiB left"),
