@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,17 +48,17 @@ def test_a_sequence_of_runs_and_its_worth(line: System) -> None:
     with larpixdaq_run(line, "--duration", "2s", *more) as command:
         assert command.wait(2 * LIMIT) == 0, command.stderr
     out = command.stdout.splitlines()
-    assert out[0].startswith("run 1: COMPLETE, 2 s, ")
+    assert re.match("run 1: COMPLETE, [2-9] s, ", out[0])
     assert out[1].startswith("  file: ")
     assert out[2].startswith("run 2: COMPLETE, ")
     assert out[-1] == "2 of 2 runs are COMPLETE and as long as wanted"
     shown = command.stderr.splitlines()
-    assert "run 1: 0:01 of 0:02, " in shown[0]
+    assert re.search("run 1: 0:0[0-2] of 0:02, ", shown[0])
     for words in (" packets/s, ", " packets, 0 rows lost, file ", " free"):
         assert words in shown[0].replace("disk full in", " free")
     assert all("NO CORE" not in text and "MISSING" not in text for text in shown)
     begun = [operator.run_info(number).result(LIMIT)["begun"] for number in (1, 2)]
-    assert begun[1] - begun[0] == pytest.approx(4.0, abs=1.5)
+    assert 2.5 < begun[1] - begun[0] < 10
     info = operator.run_info(2).result(LIMIT)
     assert (info["comment"], info["kind"], info["shifter"]) == ("night [1] Ω", "cosmics", "Ada")
     assert info["stopped_ns"] - info["begun_ns"] >= 2e9
@@ -135,7 +136,7 @@ def test_a_core_that_is_killed_in_the_middle(line: System) -> None:
         until(lambda: "NO CORE is heard" in command.stderr or command.popen.poll() is not None, "a core that is missed")
         line.launch_core()
         assert command.wait(3 * LIMIT) == 0, command.stderr + command.stdout
-    assert command.stdout.startswith("run 1: COMPLETE, 6 s, ")
+    assert re.match(r"run 1: COMPLETE, ([6-9]|[1-5]\d) s, ", command.stdout)
     assert "nobody looked" not in command.stderr
 
 

@@ -335,7 +335,8 @@ def test_the_examples_of_the_documentation(made: Detector) -> None:
     assert made.up()[1].startswith("test stand: up at ")
     assert made.run("status", "--core", made.core)[0] == 0
     status, words = made.run("run", "--core", made.core, "--duration", "1s")
-    assert (status, "run 1: COMPLETE, 1 s, " in words) == (0, True), words
+    assert status == 0, words
+    assert re.search("run 1: COMPLETE, [1-9] s, ", words), words
     assert made.run("down", made.path)[0] == 0
     for text in (generations, f'{settings}[producers.v2b]\nboards = ["module2"]\n'):
         made.path.write_text(text)
