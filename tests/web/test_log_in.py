@@ -45,13 +45,17 @@ def test_links_of_web_link(line: System, operator: Operator) -> None:
     viewer = Viewer(link)
     assert viewer.origin == Viewer(link_of(web)).origin
     assert viewer.log_in() == (200, {"name": "anna", "role": "operator"})
-    assert [one["name"] for one in operator.keys().result(5)["members"]] == ["anna"]
+
+    def members() -> list[str]:
+        return [one["name"] for one in operator.keys().result(LIMIT)["members"]]
+
+    assert members() == ["anna"]
     assert viewer.log_in()[0] == 400  # once
     assert run_cli("web-link", "--core", line.core, "--name", "anna").returncode == 1
     observer = Viewer(run_cli("web-link", "--core", line.core).stdout.strip())
     assert observer.log_in()[1]["role"] == "observer"
     assert observer.request("POST", "/logout", b"")[0] == 200
-    until(lambda: [one["name"] for one in operator.keys().result(5)["members"]] == ["anna"], "the key to be given back")
+    until(lambda: members() == ["anna"], "the key to be given back")
     assert observer.request("GET", "/api/session")[0] == 401
     other = run_cli("web-link", "--core", line.core, "--url", "https://daq.example.org/")
     assert other.stdout.startswith("https://daq.example.org/login#larpixdaq1.")
@@ -62,17 +66,17 @@ def test_links_of_web_link(line: System, operator: Operator) -> None:
 
 def test_tokens_of_another_kind_or_core(line: System, operator: Operator, tmp_path: Path) -> None:
     viewer = Viewer(link_of(launch_web(line)))
-    token = operator.invite("a component", "component").result(5)["token"]
+    token = operator.invite("a component", "component").result(LIMIT)["token"]
     status, answer = viewer.log_in(token)
     assert (status, "for the component" in answer["error"]) == (400, True)
     with system(tmp_path) as other:
         other.launch_core()
-        foreign = other.operator().invite("anna", "operator").result(5)["token"]
+        foreign = other.operator().invite("anna", "operator").result(LIMIT)["token"]
         assert read_token(foreign)[0].address == other.core
         status, answer = viewer.log_in(foreign)
     assert (status, "another core" in answer["error"]) == (400, True)
-    expired = operator.invite("late", "operator", expires=0.01).result(5)["token"]
-    until(lambda: "late" not in str(operator.keys().result(5)["invitations"]), "the invitation to expire")
+    expired = operator.invite("late", "operator", expires=0.01).result(LIMIT)["token"]
+    until(lambda: "late" not in str(operator.keys().result(LIMIT)["invitations"]), "the invitation to expire")
     assert "expired" in viewer.log_in(expired)[1]["error"]
 
 
@@ -105,7 +109,7 @@ def test_sessions_end_after_seven_days(line: System, operator: Operator) -> None
     again = line.launch("web", "--core", line.core, "--address", f"127.0.0.1:{viewer.port}", key="web")
     until(lambda: "\n" in again.stdout, "the link of the web server")
     assert viewer.request("GET", "/api/session")[0] == 401
-    until(lambda: name not in str(operator.keys().result(5)["members"]), "the key to be given back")
+    until(lambda: name not in str(operator.keys().result(LIMIT)["members"]), "the key to be given back")
 
 
 def test_a_trusted_proxy_names_the_viewer(line: System, operator: Operator) -> None:

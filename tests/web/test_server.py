@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import until
+from processes import LIMIT, until
 from system import System
 from web_viewer import NOT_LOGGED_IN, LivePage, Viewer, launch_web, link_of, read_array
 from websockets.exceptions import InvalidStatus
@@ -82,7 +82,7 @@ def test_live_state(viewer: Viewer, operator: Operator) -> None:
         page.until(lambda: page.state["actions"], "the actions")
         assert "prepare_run" in page.state["actions"]["core"]
         page.until(lambda: any("core listens" in one["text"] for one in page.state["log"]), "the log's first records")
-        newest = operator.log_records(1).result(5)["records"]
+        newest = operator.log_records(1).result(LIMIT)["records"]
         assert [set(one) for one in newest] == [{"time", "level", "component", "text"}]
         assert page.ask("prepare_run", {"comment": "from a page"})["value"]["run"] == 1
         page.until(lambda: page.state["status"]["state"] == "READY", "READY in the state")
@@ -99,11 +99,11 @@ def test_live_state(viewer: Viewer, operator: Operator) -> None:
 
 
 def test_past_runs(viewer: Viewer, operator: Operator) -> None:
-    operator.prepare_run(comment="cosmics, <b>threshold</b> 20").result(10)
-    run = operator.begin_run().result(10)["run"]
-    operator.comment("beam is back").result(5)
-    until(lambda: operator.packet_rate(channels=False).result(5)["packets"] > 1000, "packets")
-    operator.end_run().result(20)
+    operator.prepare_run(comment="cosmics, <b>threshold</b> 20").result(LIMIT)
+    run = operator.begin_run().result(LIMIT)["run"]
+    operator.comment("beam is back").result(LIMIT)
+    until(lambda: operator.packet_rate(channels=False).result(LIMIT)["packets"] > 1000, "packets")
+    operator.end_run().result(LIMIT)
     assert [one["run"] for one in viewer.get("/api/runs?search=threshold+cosm")["runs"]] == [run]
     assert [one["run"] for one in viewer.get(f"/api/runs?search={run}+BEAM")["runs"]] == [run]
     assert viewer.get("/api/runs?search=nothing_has_this") == {"runs": [], "more": False}
@@ -143,8 +143,8 @@ def test_past_runs(viewer: Viewer, operator: Operator) -> None:
 
 
 def test_what_the_monitor_sees(viewer: Viewer, operator: Operator) -> None:
-    operator.prepare_run().result(10)
-    run = operator.begin_run().result(10)["run"]
+    operator.prepare_run().result(LIMIT)
+    run = operator.begin_run().result(LIMIT)["run"]
     with viewer.live() as page:
         page.until(lambda: (page.state["monitor"] or {}).get("run") == run, "the run in the monitor's summary")
         page.until(lambda: page.state["monitor"]["rate"] > 10_000, "the rate of the board")
@@ -175,11 +175,11 @@ def test_what_the_monitor_sees(viewer: Viewer, operator: Operator) -> None:
         page.watch(histogram={"io_group": 1}, packets={"count": 2, "types": [99]})
         page.until(lambda: page.state["packets"]["of"]["types"] == [99], "no packets")
         assert page.state["packets"]["rows"] == []
-    operator.end_run().result(20)
+    operator.end_run().result(LIMIT)
 
 
 def test_the_audit_names_the_viewer(viewer: Viewer, operator: Operator) -> None:
-    names = [one["name"] for one in operator.keys().result(5)["members"]]
+    names = [one["name"] for one in operator.keys().result(LIMIT)["members"]]
     with viewer.live() as page:
         assert page.viewer["name"] in names
         page.ask("take_control")
@@ -214,14 +214,14 @@ def test_a_revoked_key_ends_the_session(link: str, operator: Operator) -> None:
     viewer.log_in()
     name = viewer.get("/api/session")["name"]
     with viewer.live() as page:
-        operator.revoke(name).result(5)
-        assert page.closed(2) == NOT_LOGGED_IN
+        operator.revoke(name).result(LIMIT)
+        assert page.closed() == NOT_LOGGED_IN
     status, _, _ = viewer.request("GET", "/api/session")
     assert status == 401
 
 
 def test_an_observer_changes_nothing(link: str, operator: Operator) -> None:
-    token = operator.invite("eve", "observer").result(5)["token"]
+    token = operator.invite("eve", "observer").result(LIMIT)["token"]
     viewer = Viewer(link)
     status, answer = viewer.log_in(token)
     assert (status, answer) == (200, {"name": "eve", "role": "observer"})
@@ -236,7 +236,7 @@ def test_an_observer_changes_nothing(link: str, operator: Operator) -> None:
         assert page.ask("power", {"on": True}, kind="producer")["error"] in ("NotAllowed", "UnknownAction")
         assert page.ask("invite", {"name": "x", "role": "operator"})["error"] == "NotAllowed"
         assert page.ask("state")["value"] == "STOP"
-    operator.revoke("eve").result(5)
+    operator.revoke("eve").result(LIMIT)
 
 
 def test_sessions_survive_a_restart(line: System, viewer: Viewer, operator: Operator, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from emulated_board import Emulator
-from processes import in_thread, until
+from processes import LIMIT, in_thread, until
 from system import System, system
 from web_viewer import CORE_GONE, LivePage, Viewer, is_open, launch_web, link_of, patched_web, read_array
 
@@ -48,8 +48,8 @@ def test_boards_and_components_that_go(line: System) -> None:
     with contextlib.closing(Emulator("--rate", "2000", "--io-groups", "1")) as board:
         operator = line.start("--pacman", *board.addresses)
         viewer = viewer_of(line)
-        operator.prepare_run().result(20)
-        operator.begin_run().result(20)
+        operator.prepare_run().result(LIMIT)
+        operator.begin_run().result(LIMIT)
         with viewer.live() as page:
             page.until(lambda: component(page, "producer").get("status"), "the producer's status")
             page.until(lambda: component(page, "run_data")["alive"], "the monitor")
@@ -218,9 +218,9 @@ def test_a_viewer_who_takes_nothing_is_cut_off(line: System, how: str) -> None:
             until(lambda: is_open(*ports), "its connection")
             for number in range(100):
                 slow.sendall(masked(json.dumps({"type": "request", "id": str(number), "action": "status"})))
-            until(lambda: operator.status().result(5)["operators"].count(name), "its Operator")
+            until(lambda: operator.status().result(LIMIT)["operators"].count(name), "its Operator")
             if how == "revoked":
-                operator.revoke(name).result(5)
+                operator.revoke(name).result(LIMIT)
             until(lambda: not is_open(*ports), "the end of its connection")
         assert viewer.request("GET", "/api/session")[0] == (401 if how == "revoked" else 200)
         assert web.stderr == ""
