@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from example_counts import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import until
@@ -23,7 +24,7 @@ from larpixdaq.operator import Operator
 from larpixdaq.web.connections import Guard
 from larpixdaq.web.links import private_file
 
-_SAME_SERVER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+_SAME_SERVER = settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 SCRIPT = "</script><script>alert(1)</script>\u2028<img src=x onerror=alert(1)>\x1b[31m\x00'\"`${1}"
 
 
