@@ -20,15 +20,19 @@ __all__ = ["LIMIT", "Process", "free_port", "in_thread", "until", "wait_for_line
 LIMIT = 20.0
 
 
-def until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
-    """Wait until `condition()` is true. Returns its value."""
-    end = time.monotonic() + limit
+def until(condition: Callable[[], Any], what: str, limit: float = LIMIT, pause: float = 0.02) -> Any:
+    """Wait until `condition()` is true. Returns its value.
+
+    It is looked at every 5 ms at first, and later less often, up to every `pause` seconds, because each look may be a
+    request to a process that has other work.
+    """
+    began = time.monotonic()
     turn = threading.Event()
-    while time.monotonic() < end:
+    while (waited := time.monotonic() - began) < limit:
         found = condition()
         if found:
             return found
-        turn.wait(0.005)
+        turn.wait(min(pause, 0.005 + waited / 50))
     raise AssertionError(f"after {limit:g} s still waiting: {what}")
 
 
