@@ -332,7 +332,7 @@ def open_hdf5(path: Path) -> h5py.File:
     """
     repair.check_heaps(path)
     if not h5py.is_hdf5(path):
-        raise FileError(f"cannot open {path}: it is not an HDF5 file")
+        raise FileError(f"cannot open {path}: it is {'not an HDF5 file' if path.stat().st_size else 'empty'}")
     superblock = repair.growing_superblock(path)
     is_part = path.name.endswith(names.PART)
     if superblock is None or not is_part or may_be_written(path):

@@ -471,7 +471,7 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "sub" / "run0000003_20261122T071251Z_000.h5.journal").write_bytes(b"")
     os.symlink(good.path, tmp_path / "sub" / "link.h5")
     for source, line in (
-        ("empty.h5", "is not an HDF5 file"),
+        ("empty.h5", "it is empty"),
         ("text.h5", "is not an HDF5 file"),
         ("cut.h5", "cannot open"),
         ("run0000001_20261122T071251Z_000.h5", "expected run 1, by its name, found run 42"),
