@@ -191,6 +191,7 @@ def test_the_bytes_of_messages_that_were_taken_do_not_wait(keys: bool, monkeypat
         assert waiting() == handshake
         router.send_multipart([route, bytes(9000)])
         until(lambda: waiting() > handshake + 9000, "a message that waits")
+        assert client.socket.poll(1000 * LIMIT)
         client.receive()
         assert waiting() == handshake
         assert not found.closed

@@ -111,7 +111,7 @@ def good_bytes(folder: Path) -> bytes:
     ("kind", "words"),
     [
         ("text", "not an HDF5 file"),
-        ("empty", "not an HDF5 file"),
+        ("empty", "it is empty"),
         ("directory", "is not a file"),
         ("missing", "there is no such file"),
         ("truncated", "truncated file"),
