@@ -221,24 +221,19 @@ class Part:
         return later
 
     def read(
-        self,
-        start: int,
-        stop: int,
-        columns: Columns,
-        chosen: RowFilter | None = None,
-        stretches: Sequence[tuple[int, int]] | None = None,
-        first: int = 0,
+        self, stretches: Sequence[tuple[int, int]], columns: Columns, chosen: RowFilter | None = None, first: int = 0
     ) -> NDArray[Any]:
-        """Read rows `start` to `stop`, as RowReader.read(). In any thread."""
+        """Read rows within these stretches, as RowReader.read(). In any thread."""
+        start, stop = stretches[0][0], stretches[-1][1]
         with self._reading() as (file, end, later):
             pieces = []
-            if start < end:
-                pieces.append(file.select(start, min(stop, end), columns, chosen, stretches, first))
+            if start < end:  # the file may have rows after `end`, which come from the journal
+                stored = [(low, min(high, end)) for low, high in stretches if low < end]
+                pieces.append(file.select(start, stored[-1][1], columns, chosen, stored, first))
             for _, row, rows in later:
                 if max(start, row) < min(stop, row + len(rows)):
                     out = np.empty(len(rows), columns.dtype)
-                    within = stretches or [(start, stop)]
-                    made = take_rows(Chunk(rows.dtype, rows=rows), row, columns, chosen, within, first, out)
+                    made = take_rows(Chunk(rows.dtype, rows=rows), row, columns, chosen, stretches, first, out)
                     pieces.append(columns.result(out, made))
             return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 

@@ -290,12 +290,10 @@ def _first_name(path: Path) -> names.FileName | None:
 
 
 class _Task(NamedTuple):
-    """Rows `low` to `high` of a part, of these only those in stretches; `first`: the part's first row in the run."""
+    """Stretches of rows of a part, which are read at once. `first`: the part's first row in the run."""
 
     part: Part
     first: int
-    low: int
-    high: int
     stretches: list[tuple[int, int]]
 
 
@@ -490,8 +488,7 @@ class Run:
         tasks = self._tasks(selection, rows)
 
         def read(task: _Task) -> NDArray[Any]:
-            part, first, low, high, stretches = task
-            return part.read(low, high, wanted, chosen, stretches, first)
+            return task.part.read(task.stretches, wanted, chosen, task.first)
 
         def pieces() -> Generator[NDArray[Any], None, None]:
             for _, found in in_order(read, tasks, threads):
@@ -521,9 +518,9 @@ class Run:
     def part_rows(self, selection: Selection) -> Iterator[PartRows]:
         """Read the rows that a selection allows by their numbers and their time, with the part that they are in."""
         columns = Columns(self.dtype)
-        for part, _, _, _, stretches in self._tasks(selection, PIECE_ROWS):
-            for start, stop in stretches:
-                yield PartRows(part, start, part.read(start, stop, columns))
+        for part, _, stretches in self._tasks(selection, PIECE_ROWS):
+            for stretch in stretches:
+                yield PartRows(part, stretch[0], part.read([stretch], columns))
 
     def follow_parts(self, selection: Selection, patience: float) -> Iterator[PartRows | None]:
         """As part_rows(), until the run ends; None after each look. FileError if the run does not end."""
@@ -578,8 +575,7 @@ class Run:
             size = max(rows - rows % chunk, chunk)
             arrived = part.stretches(selection.begin_ns, selection.end_ns) if selection.by_time else [(low, high)]
             for _, piece in groupby(_cut(arrived, low, high, size), key=lambda stretch: stretch[0] // size):
-                stretches = list(piece)
-                yield _Task(part, first, stretches[0][0], stretches[-1][1], stretches)
+                yield _Task(part, first, list(piece))
 
     # What is known beside the rows
 
