@@ -84,11 +84,12 @@ def test_routines_measure_what_the_emulator_has(line, tmp_path, asic):
         assert np.mean((rates > 5) & (rates < 400)) > 0.95, "by the emulator's own thresholds"
 
         operator.send_configuration({"all": {"threshold_global": 255}}).result(LIMIT)
-        curve = operator.run_routine("s_curve", leave_off={}, pulses=10, step=2, most_noise=None).result(SLOW)
-        threshold = table(curve["chips"], truth, "threshold")
-        assert np.isnan(threshold).mean() < 0.05
-        expected = table(truth, truth, "threshold") * DAC_STEP + 30 * PULSE_STEP
-        assert np.nanmax(abs(threshold - expected)) < 8.0  # mV, of channels with up to 4 mV of noise
+        if asic == "3":  # the curve of v2d chips is that of v2b, in test_lab_routines
+            curve = operator.run_routine("s_curve", leave_off={}, pulses=10, step=2, most_noise=None).result(SLOW)
+            threshold = table(curve["chips"], truth, "threshold")
+            assert np.isnan(threshold).mean() < 0.05
+            expected = table(truth, truth, "threshold") * DAC_STEP + 30 * PULSE_STEP
+            assert np.nanmax(abs(threshold - expected)) < 8.0  # mV, of channels with up to 4 mV of noise
 
         kinds, seen, _, extracted, exports = operator.run_routine("packets").result(SLOW)
         assert kinds == ["Packet_v3" if asic == "3" else "Packet_v2"]
