@@ -200,6 +200,11 @@ def parse_name(text: str) -> str:
     return text
 
 
+def parse_module(text: str) -> str:
+    """Check the name of a module as parse_name() does; "" is none. Raises ArgumentTypeError."""
+    return parse_name(text) if text else ""
+
+
 def add_insecure_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--insecure",
@@ -245,8 +250,16 @@ def add_name_argument(parser: argparse.ArgumentParser, name: str, what: str) -> 
 
 
 def add_component_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add the arguments of every component: --core, --name, --insecure, --log-level."""
+    """Add the arguments of every component: --core, --name, --module, --insecure, --log-level."""
     add_core_argument(parser)
     add_name_argument(parser, name, "unique name of this component")
+    parser.add_argument(
+        "--module",
+        type=parse_module,
+        default="",
+        metavar="NAME",
+        help="part of the detector under which `status` and the page show this component (default: none; then it is "
+        "its host where there are many components)",
+    )
     add_insecure_argument(parser)
     add_log_level_argument(parser)

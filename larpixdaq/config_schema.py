@@ -48,6 +48,10 @@ class Host(_Table, frozen=True):
         str, Meta(description="host name or IP address at which the other hosts reach it (default: NAME)")
     ] = ""
     state_dir: Annotated[str, Meta(description="its state directory (default: that of [detector])")] = ""
+    module: Annotated[
+        str,
+        Meta(max_length=64, description="`module` of its components that have none of their own"),
+    ] = ""
 
 
 _Tile = Annotated[int, Meta(ge=0, le=9)]

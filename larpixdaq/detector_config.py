@@ -48,7 +48,7 @@ _DIRECTORIES: Final = ("output-dir", "routines", "ring-dir", "lock-dir")
 #: The key that counts where a table of a process does not have its own.
 _INHERITED: Final = {"host": ("core", "host"), "output-dir": ("detector", "output-dir")}
 #: Options of a process whose default is in other tables, and not that of the program.
-_DERIVED: Final = ("address", "output-dir", "asic")
+_DERIVED: Final = ("address", "output-dir", "asic", "module")
 #: A board's address, and the port of its data where the address has none.
 _BOARD_ADDRESS: Final = re.compile(r"(?:tcp://)?(?P<host>\[[^]]*\]|[^:]+)(?::(?P<data>\d+))?")
 _BOARD_DATA_PORT: Final = 5556
@@ -249,6 +249,8 @@ class DetectorConfig:
             known = ", ".join(self.hosts) or "none: there is no table [hosts.NAME]"
             self.fail((*keys, "host"), f"unknown host {host!r}; the hosts are {known}")
         options = {key: value for key, value in table.items() if key not in ("host", "boards")}
+        if "module" in options_of(program) and (module := self.module(host)):
+            options.setdefault("module", module)
         if program.table == "storages":
             options.setdefault("output-dir", self.detector.output_dir)
         elif program.table in ("core", "log"):
@@ -419,6 +421,10 @@ class DetectorConfig:
         """Return the name of the supervisor of a host as a component."""
         return f"Supervisor {host}".strip()
 
+    def module(self, host: str) -> str:
+        """Return the module of those components of a host that name none in their own table; "" for none."""
+        return self.hosts[host].module if host else ""
+
     def members(self, host: str) -> list[str]:
         """Return the names of all components of a host, each of which needs a key if the core is on another host."""
         components = [each for each in self.components if each.host == host and each.program.is_component]
@@ -542,14 +548,17 @@ class DetectorConfig:
             elif isinstance(action.default, list) and action.default:
                 values[key] = action.default
         values |= {key: component.options[key] for key in _DERIVED if key in component.options}
-        yield from self._lines_of(component.keys, {**values, **component.table})
+        inherited = {**_INHERITED, "module": ("hosts", component.host, "module")}
+        yield from self._lines_of(component.keys, {**values, **component.table}, inherited)
 
-    def _lines_of(self, keys: Keys, values: Mapping[str, Any]) -> Iterator[str]:
+    def _lines_of(
+        self, keys: Keys, values: Mapping[str, Any], inherited: Mapping[str, Keys] = _INHERITED
+    ) -> Iterator[str]:
         if not values:
             return
         yield f"[{_dotted(keys)}]"
         for key, value in values.items():
-            places = ((*keys, key), _INHERITED.get(key, ()))
+            places = ((*keys, key), inherited.get(key, ()))
             origin = next((self.where(*place) for place in places if place in self._lines), "default")
             yield f"{key} = {_toml(value)}  # {origin}"
         yield ""

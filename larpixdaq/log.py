@@ -263,7 +263,17 @@ def listen(context: zmq.Context[zmq.Socket[bytes]], address: str, door: Doorkeep
     return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
-def serve(core: str, name: str, address: str, path: Path, max_bytes: int, older_files: int, *, insecure: bool) -> None:
+def serve(
+    core: str,
+    name: str,
+    address: str,
+    path: Path,
+    max_bytes: int,
+    older_files: int,
+    *,
+    insecure: bool,
+    module: str = "",
+) -> None:
     """Collect records until a signal comes. NoCore, FileError or ConfigError if the log cannot start."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with contextlib.ExitStack() as stack, Signals() as signals:
@@ -284,7 +294,7 @@ def serve(core: str, name: str, address: str, path: Path, max_bytes: int, older_
             return found
 
         actions = {"records": file.recent.records}
-        node = Node(name, LOG, core, actions, info=info, status=status, insecure=insecure)
+        node = Node(name, LOG, core, actions, info=info, status=status, module=module, insecure=insecure)
         stack.callback(node.close)
         node.connect(signals=signals)
         poller = zmq.Poller()
@@ -346,7 +356,8 @@ def main(argv: list[str] | None = None) -> int:
         if not args.output:
             os.umask(0o077)  # other users may enter a state directory that was made by hand
         path = Path(args.output) if args.output else state_dir(args.state_dir) / "log.txt"
-        serve(core, args.name, address, path.absolute(), args.max_size, args.older_files, insecure=args.insecure)
+        files = path.absolute(), args.max_size, args.older_files
+        serve(core, args.name, address, *files, insecure=args.insecure, module=args.module)
 
     return run_main(run, log_level=args.log_level)
 

@@ -76,6 +76,7 @@ class Storage:
             info=self._info,
             status=self.service.status,
             on_name_taken=self._name_taken,
+            module=options.module,
             insecure=options.insecure,
         )
         self.consumer = Consumer(name, self.node.session, "all", positions=self.service.positions, core=self.node)

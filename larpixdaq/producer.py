@@ -176,6 +176,7 @@ class Producer:
             },
             status=self.status,
             on_name_taken=self.name_taken,
+            module=options.module,
             insecure=options.insecure,
         )
 

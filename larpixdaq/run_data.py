@@ -164,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
             actions(monitor),
             info={},
             status=monitor.status,
+            module=options.module,
             insecure=options.insecure,
         )
         try:

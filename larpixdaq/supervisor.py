@@ -140,6 +140,7 @@ class Supervisor:
             info={},
             status=self.status,
             on_name_taken=lambda: _log.error("another component has the name %s", plan.supervisor),
+            module=plan.module,
             insecure=plan.insecure,
         )
         self._poller.register(self.node.fileno(), zmq.POLLIN)

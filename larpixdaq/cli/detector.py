@@ -192,6 +192,7 @@ def _up_with_file(file: DetectorConfig, host: str, *, force: bool, foreground: b
         file.supervisor(host),
         file.detector.insecure,
         force,
+        file.module(host),
     )
     name = f"{file.detector.name or file.path.name}{f' on {host}' if host else ''}"
 

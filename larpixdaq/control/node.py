@@ -75,6 +75,7 @@ class Node:
         info: Mapping[str, Any],
         status: Callable[[], Status] | None = None,
         on_name_taken: Callable[[], None] | None = None,
+        module: str = "",
         insecure: bool = False,
     ) -> None:
         """`core` is the core's address, with or without port. `info` is sent with each registration (of a producer:
@@ -87,9 +88,9 @@ class Node:
 
         report() calls `status` for the heartbeat. dispatch() calls `on_name_taken` when this component was lost and
         could not register again for 5 s, because another component has its name; without `on_name_taken` it raises
-        RequestError. `insecure`: connect without a key.
+        RequestError. `module`: as in Register. `insecure`: connect without a key.
         """
-        self.name, self.kind = name, kind
+        self.name, self.kind, self._module = name, kind, module
         self.session, self.state, self.run = "", STOP, None
         self.producers, self.update = {}, Update()
         self.changes = 0
@@ -318,6 +319,7 @@ class Node:
             info={**self._info, **process_identity()},
             run=self._joined_run,
             begun=self._begun,
+            module=self._module,
         )
 
     def _heartbeat(self) -> Heartbeat:

@@ -71,6 +71,7 @@ class Component(Peer):
     info: dict[str, Any]
     run: int | None
     begun: bool
+    module: str = ""
     progress: int = 0
     queued: int = 0
     status: dict[str, Any] = field(default_factory=dict)
@@ -155,6 +156,7 @@ class Registry:
             info=message.info,
             run=message.run,
             begun=message.begun,
+            module=message.module,
             progressed=now,
             wanted_log_level=known.wanted_log_level if known is not None else "",
         )
@@ -281,6 +283,7 @@ class Registry:
             {
                 "name": component.name,
                 "kind": component.kind,
+                "module": component.module,
                 "alive": component.name in self.components,
                 "stuck": component.name in self.components and component.stuck,
                 "heard_s": round(now - component.heard, 3),

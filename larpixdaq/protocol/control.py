@@ -119,7 +119,10 @@ class Message(msgspec.Struct, tag_field="type", kw_only=True):
 
 
 class Register(Message, tag="register"):
-    """Registration of a component. `instance` is a random id of its process; `run` is the run that it is in, if any."""
+    """Registration of a component. `instance` is a random id of its process; `run` is the run that it is in, if any.
+
+    `module`: the part of the detector that it works for, by which people see components together; "": none.
+    """
 
     name: Name
     kind: Kind
@@ -128,6 +131,7 @@ class Register(Message, tag="register"):
     info: dict[str, Any] = {}
     run: RunNumber | None = None
     begun: bool = False
+    module: Annotated[str, Meta(max_length=64)] = ""
 
 
 class Open(Message, tag="open"):

@@ -54,7 +54,7 @@ class Plan(msgspec.Struct, frozen=True):
     """The processes that `larpixdaq up` wants, for the supervisor.
 
     `id` is another one at each `up`. `core`: address of the core. `directory`: working directory of the processes.
-    `supervisor`: name of the supervisor as a component. `force`: change processes also in a run.
+    `supervisor`: name of the supervisor as a component, `module`: its module. `force`: change processes also in a run.
     """
 
     id: str
@@ -64,6 +64,7 @@ class Plan(msgspec.Struct, frozen=True):
     supervisor: str = "Supervisor"
     insecure: bool = False
     force: bool = False
+    module: str = ""
 
 
 class Entry(msgspec.Struct, frozen=True):

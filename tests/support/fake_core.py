@@ -46,7 +46,9 @@ class Actor:
     request open, and any other value is the result.
     """
 
-    def __init__(self, core: str, name: str, kind: Any, info: dict[str, Any], replies: dict[str, Any]) -> None:
+    def __init__(
+        self, core: str, name: str, kind: Any, info: dict[str, Any], replies: dict[str, Any], *, module: str = ""
+    ) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.open: list[Call] = []
         self.replies = replies
@@ -61,6 +63,7 @@ class Actor:
             info=info,
             status=self._status,
             on_name_taken=self._taken,
+            module=module,
         )
         self._stopper = Stopper()
 

@@ -111,6 +111,24 @@ def test_processes_of_two_hosts(tmp_path: Path) -> None:
         load(tmp_path, DETECTOR.replace("revision = 4", 'revision = 4, asic = "2"'))
 
 
+def test_modules_of_hosts_and_components(tmp_path: Path) -> None:
+    """A component has the module of its table, or else that of its host; processes that are no components have none."""
+    named = DETECTOR.replace('state-dir = "state of daq2"', 'state-dir = "state of daq2"\nmodule = "module 3"')
+    file = load(
+        tmp_path, named.replace('ring = "64MiB"', 'ring = "64MiB"\nmodule = "north"') + "[monitors]\nm.host='daq2'"
+    )
+    assert "--module=north" in file.wanted("daq2")[1].arguments
+    assert "--module=module 3" in file.wanted("daq2")[0].arguments
+    assert not any("module=" in text for process in file.wanted("daq1") for text in process.arguments)
+    assert (file.module("daq2"), file.module("daq1"), file.module("")) == ("module 3", "", "")
+    lines = list(file.effective())
+    assert f'module = "module 3"  # {tmp_path}/detector.toml:10' in lines[lines.index("[monitors.m]") :]
+    assert f'module = "north"  # {tmp_path}/detector.toml:27' in lines[lines.index("[producers.north]") :]
+    assert 'module = ""  # default' in lines[lines.index("[log]") : lines.index("[storages.first]")]
+    with pytest.raises(ConfigError, match=r":24: producers.north.module: expected a name of 1 to 64 printable"):
+        load(tmp_path, DETECTOR.replace('host = "daq2"', 'host = "daq2"\nmodule = "\\t"'))
+
+
 def test_one_host_without_a_name(tmp_path: Path) -> None:
     file = load(tmp_path, "[producers.a]\nfake = true\n[monitors]\n[core]\naddress = 'tcp://*:7000'\n")
     assert [process.module for process in file.wanted("")] == ["core", "log", "offline_storage", "producer"]
