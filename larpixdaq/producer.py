@@ -51,6 +51,7 @@ from larpixdaq.readout.delivery import add_arguments as add_delivery_arguments
 from larpixdaq.readout.readout import FULL_AGAIN, Readout
 from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.runtime.file_access import state_dir
+from larpixdaq.runtime.timing import CountRate
 from larpixdaq.runtime.units import parse_positive
 from larpixdaq.sources import options as source_options
 from larpixdaq.sources.command_channel import Channel
@@ -115,6 +116,7 @@ class Producer:
         # Of the runs before that one, since the process started.
         self._earlier = np.zeros((constants.IO_GROUPS, len(Count)), np.uint64)
         self._earlier_outside = 0  # packets outside of runs that an end record has told
+        self._packet_rate = CountRate()
         self._earlier_fifo_full: Counter[int] = Counter()  # by io_group
         io_groups = [group for source in boards for group in source.io_groups]
         self.recorder = BlockBuilder(delivery.ring, self.name, self.epoch, self.layout, io_groups)
@@ -510,6 +512,7 @@ class Producer:
     def status(self) -> ProducerStatus:
         total = self.delivery.ring.counts.sum(axis=0).tolist()
         outside = int(self.delivery.ring.outside_counts[:, Count.PACKETS].sum())
+        packets = int(self._earlier[:, Count.PACKETS].sum()) + total[Count.PACKETS] + self._earlier_outside + outside
         boards = self._boards()
         return ProducerStatus(
             **msgspec.structs.asdict(self.delivery.status()),
@@ -521,6 +524,7 @@ class Producer:
             unknown=total[Count.UNKNOWN_WORDS] + total[Count.REJECTED_WORDS],
             bad_parity=total[Count.BAD_PARITY],
             outside_run=outside,
+            rate=self._packet_rate.per_second(packets),
             totals=self.recorder.counts(self._earlier + self.delivery.ring.counts),
             total_outside=self._earlier_outside + outside,
             boards=[_report(board, self._board_watch.changed(board.io_group)) for board in boards],

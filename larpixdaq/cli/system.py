@@ -11,6 +11,7 @@ from rich.console import Console
 
 from larpixdaq import config
 from larpixdaq.control.catalogue import read_audit
+from larpixdaq.control.component_groups import described
 from larpixdaq.control.display import audit_line, needs_attention, status_lines
 from larpixdaq.errors import printable
 from larpixdaq.operator import Operator
@@ -23,10 +24,12 @@ def add_commands(commands: Any) -> None:
         "status",
         help="the run, and every component",
         description="Shows the run state, the Operator in control, the last run, and the status of every component. "
-        "Exits with 1 when a component is LOST, PAUSED or GIVEN UP, or MISSING in the run.",
+        "Exits with 1 when a component is LOST, PAUSED or GIVEN UP, or MISSING in the run. More than 12 components, or "
+        "those with a module, are shown in groups, the worst first; a group in which nothing is wrong is one line.",
     )
     config.add_core_argument(parser)
     config.add_insecure_argument(parser)
+    parser.add_argument("--all", action="store_true", help="show every component of every group")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=status)
     parser = commands.add_parser(
@@ -51,10 +54,10 @@ def status(options: argparse.Namespace) -> int:
     with Operator(options.core, insecure=options.insecure) as operator:
         answer = operator.status().result(timeout=5)
     if options.json:
-        print(json.dumps(answer))
+        print(json.dumps(answer | {"groups": described(answer)}))
     else:
         console = plain_console()
-        for line in status_lines(answer):
+        for line in status_lines(answer, unfold=options.all):
             console.print(printable(line))
     return 1 if needs_attention(answer) else 0
 

@@ -2,60 +2,70 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import msgspec
 import numpy as np
 
-from larpixdaq.alarm_config import AlarmConfig
 from larpixdaq.constants import RUN_DATA
-from larpixdaq.control.alarm_conditions import disconnection, present_readings
+from larpixdaq.control.alarm_conditions import disconnection
 from larpixdaq.control.alarms import Alarm, open_line, row_line
 from larpixdaq.control.catalogue import AlarmRow, AuditRow
+from larpixdaq.control.component_groups import (
+    Facts,
+    Group,
+    component_groups,
+    component_state,
+    component_status,
+    converted,
+    is_alarming,
+    is_grouped,
+    joined,
+    limit_lines,
+    lost_line,
+    own_problems,
+    split_lost,
+)
 from larpixdaq.control.disk_watch import time_to_full
 from larpixdaq.errors import printable
 from larpixdaq.protocol.reports import (
-    STATUS,
     LogStatus,
     MonitorStatus,
     ProducerStatus,
-    Status,
     StorageStatus,
-    SupervisedProcess,
     SupervisorStatus,
 )
 from larpixdaq.runtime.timing import load_text
 from larpixdaq.runtime.units import size, utc
 
-Facts = dict[str, Any]
-_T = TypeVar("_T")
 #: Maximum number of rows of a table, half of them from its end, and of elements of an array.
 MAX_SHOWN: Final = 20
-#: States of a process under supervision in which it does not do its work.
-NOT_RUNNING: Final = ("waiting", "given up")
-#: Seconds for which the text of `status` shows a limit that a peer has reached.
-_LIMITS_SHOWN: Final = 3600.0
+#: Maximum number of groups without a problem that have a line each.
+_MANY_GROUPS: Final = 40
 #: Keys of results whose values are times (unix s).
 _TIMES: Final = frozenset({"time", "since", "prepared", "begun", "ended", "started", "start", "last"})
 
 
-def status_lines(status: Facts) -> list[str]:
-    """Convert the core's status to lines of text."""
+def status_lines(status: Facts, *, unfold: bool = False) -> list[str]:
+    """Convert the core's status to lines of text. Many components, or those with a module, are in groups, the worst
+    first; `unfold`: also of groups in which nothing is wrong, each component has its line."""
+    components = status["components"]
+    grouped = is_grouped(components)
     run = status.get("run")
     busy = f" ({status['busy']} in progress)" if status.get("busy") else ""
     lines = [f"state {status['state']}{f', run {_run(run)}' if run else ''}{busy}"]
-    alarms = _converted(status.get("alarms") or [], Alarm)
-    lines += map(open_line, alarms)
-    if run and run["missing"]:
-        lines.append(f"MISSING in this run: {', '.join(run['missing'])}")
+    alarms = converted(status.get("alarms") or [], Alarm)
+    # In groups, components are shown with what is wrong with them.
+    named = {component["name"] for component in components} if grouped else set()
+    lines += [open_line(alarm) for alarm in alarms if alarm.component not in named]
+    if missing := [name for name in (run or {}).get("missing", []) if name not in named]:
+        lines.append(f"MISSING in this run: {', '.join(missing)}")
     told = {(alarm.condition, alarm.component, alarm.subject) for alarm in alarms}
-    for component in status["components"]:
-        if component["alive"]:
-            lines += _alarms(component, told)
+    for component in components:
+        if component["alive"] and not grouped:
+            lines += [problem.text for problem in own_problems(component["name"], component_status(component), told)]
     lines += _delivery((status.get("alarm_state") or {}).get("destinations") or [])
     if control := status.get("control"):
         lines.append(f"control: {control['by']}, since {utc(control['since'])}")
@@ -69,30 +79,54 @@ def status_lines(status: Facts) -> list[str]:
     if audit.get("lost") or audit.get("error"):
         why = f": {audit['error']}" if audit.get("error") else ""
         lines.append(f"AUDIT: {audit.get('lost')} rows lost, {audit.get('waiting')} wait{why}")
-    lines += _limits("core", status.get("limits") or [])
-    width = max((len(component["name"]) for component in status["components"]), default=0)
+    lines += limit_lines("core", status.get("limits") or [])
+    groups = component_groups(status) if grouped else []
+    shown = [group for group in groups if group.level]
+    healthy = groups[len(shown) :]
+    if unfold or len(healthy) <= _MANY_GROUPS:
+        shown, healthy = groups, []
+    names = [group.name for group in shown] if grouped else [component["name"] for component in components]
+    width = max(map(len, names), default=0)
     if "load" in status:
         level = _log_level(status)
         lines.append(f"{'core':<{width}}  alive  {load_text(status['load'])}{f'; {level}' if level else ''}")
-    for component in status["components"]:
-        lines.append(f"{component['name']:<{width}}  {_liveness(component):<5}  {_details(component)}".rstrip())
+    if not grouped:
+        return lines + [_component_line(component, width) for component in components]
+    bad, number = sum(bool(group.level) for group in groups), f"{len(groups)} group{'' if len(groups) == 1 else 's'}"
+    lines.append(f"{joined(groups).state()}, in {number}, {bad} with a problem")
+    for group in shown:
+        lines.append(f"{group.name:<{width}}  {group.level.upper():<7}  {group.state()}; {group.figures()}")
+        if group.level or unfold:
+            lines += [f"    {line}" for line in _member_lines(group, unfold=unfold)]
+    if healthy:
+        rest = joined(healthy)
+        lines.append(f"{len(healthy)} groups without a problem: {rest.state()}; {rest.figures()}")
+    return lines
+
+
+def _component_line(component: Facts, width: int) -> str:
+    return f"{component['name']:<{width}}  {component_state(component):<5}  {_details(component)}".rstrip()
+
+
+def _member_lines(group: Group, *, unfold: bool) -> list[str]:
+    """Return the lines of the members of a group: of those with a problem, or (`unfold`) of all."""
+    lost, others = split_lost(group.bad)
+    lines = [lost_line(lost)] if lost else []
+    shown = others + ([member for member in group.members if not member.problems] if unfold else [])
+    width = max((len(member.name) for member in shown), default=0)
+    for member in shown:
+        lines.append(_component_line(member.facts, width))
+        lines += [f"  {problem.text}" for problem in member.problems]
+    if rest := len(group.members) - len(lost) - len(shown):
+        lines.append(f"{rest} other{'' if rest == 1 else 's'} alive")
     return lines
 
 
 def alarm_lines(answer: Facts) -> str:
     """Convert the answer of Operator.alarms() to text."""
-    lines = [row_line(row) for row in _converted(answer.get("history", []), AlarmRow)]
-    lines += [open_line(alarm) for alarm in _converted(answer["open"], Alarm)] or ["no alarm is open"]
+    lines = [row_line(row) for row in converted(answer.get("history", []), AlarmRow)]
+    lines += [open_line(alarm) for alarm in converted(answer["open"], Alarm)] or ["no alarm is open"]
     return "\n".join(map(printable, lines))
-
-
-def _converted(values: list[Facts], kind: type[_T]) -> list[_T]:
-    """Convert the values that fit: a core of another version may send others."""
-    found = []
-    for value in values:
-        with contextlib.suppress(msgspec.ValidationError):
-            found.append(msgspec.convert(value, kind))
-    return found
 
 
 def audit_line(row: AuditRow) -> str:
@@ -111,29 +145,12 @@ def audit_line(row: AuditRow) -> str:
 def needs_attention(status: Facts) -> bool:
     """Whether a component is LOST or PAUSED, or MISSING in the run."""
     return bool((status.get("run") or {}).get("missing")) or any(
-        not component["alive"] or _is_alarming(component) for component in status["components"]
+        not component["alive"] or is_alarming(component) for component in status["components"]
     )
 
 
-def _is_alarming(component: Facts) -> bool:
-    status = _status(component)
-    if status is None:  # of another version; it may say that the storage is paused
-        return component["kind"] in STATUS and bool(component["status"])
-    if isinstance(status, SupervisorStatus):
-        return any(process.state in NOT_RUNNING for process in status.processes)
-    return isinstance(status, StorageStatus) and bool(status.paused)
-
-
-def _status(component: Facts) -> Status | None:
-    """Return the status of a component; None before the first one, and when it is of another version."""
-    try:
-        return msgspec.convert(component["status"], STATUS[component["kind"]])
-    except (KeyError, msgspec.ValidationError, TypeError, ValueError):
-        return None
-
-
 def _details(component: Facts) -> str:
-    facts, status = component["status"], _status(component)
+    facts, status = component["status"], component_status(component)
     if facts and status is None:
         return ", ".join(f"{name} {value}" for name, value in facts.items())
     parts = [str(component["info"][name]) for name in ("source", "directory", "file") if name in component["info"]]
@@ -163,10 +180,6 @@ def _log_level(facts: Facts) -> str:
     return f"log level {level}" if level not in ("", "INFO") else ""
 
 
-def _liveness(component: Facts) -> str:
-    return "stuck" if component["stuck"] else "alive" if component["alive"] else "LOST"
-
-
 def _run(run: Facts) -> str:
     comment = f": {run['comment']}" if run["comment"] else ""
     begun = f", since {utc(run['begun'])}" if run["begun"] else ""
@@ -178,26 +191,6 @@ def _last_run(last: Facts) -> str:
     files = "".join(f", {file}" for file in last.get("files", []))
     stored = "number of rows stored unknown" if last.get("stored") is None else f"{last['stored']} rows stored"
     return f"last run: {last['run']} {last['condition']}, {stored}{files}{reasons}"
-
-
-#: Conditions of alarms that the text of `status` shows also when the core has no alarm for them yet, or knows none.
-_SHOWN: Final = frozenset(
-    {"storage-paused", "not-recovered", "disk-left", "on-close", "producer-files", "board-disconnected", "given-up"}
-)
-
-
-def _alarms(component: Facts, told: set[tuple[str, str, str]]) -> list[str]:
-    """Return a line for each problem of a component that needs attention and is not among the alarms in `told`."""
-    name, status = component["name"], _status(component)
-    lines = []
-    if isinstance(status, ProducerStatus | LogStatus):
-        lines += _limits(name, [msgspec.to_builtins(limit) for limit in status.limits])
-    for reading in present_readings(name, status, AlarmConfig()):
-        if reading.level and reading.condition in _SHOWN and (reading.condition, name, reading.subject) not in told:
-            lines += [reading.text]
-    if isinstance(status, SupervisorStatus):
-        lines += [_not_running(process) for process in status.processes if process.state == "waiting"]
-    return lines
 
 
 def _delivery(destinations: list[Facts]) -> list[str]:
@@ -212,11 +205,6 @@ def _delivery(destinations: list[Facts]) -> list[str]:
     return lines
 
 
-def _not_running(process: SupervisedProcess) -> str:
-    why = ": ".join(part for part in (process.last_exit, process.last_line) if part)
-    return f"WAITING: {process.name}: {why}; it is started again soon"
-
-
 def _times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
 
@@ -227,15 +215,6 @@ def _supervisor(status: SupervisorStatus) -> list[str]:
     return [
         f"{running} of {len(status.processes)} processes running",
         *(f"{each.name} was started again {_times(each.restarts)}, last: it {each.last_exit}" for each in restarted),
-    ]
-
-
-def _limits(where: str, limits: list[Facts]) -> list[str]:
-    """Return a line for each limit that a peer has reached within _LIMITS_SHOWN."""
-    return [
-        f"LIMIT at {where}: {limit['peer']}: {limit['limit']}, {limit['count']} times, last {utc(limit['last'])}"
-        for limit in limits
-        if time.time() - limit["last"] < _LIMITS_SHOWN
     ]
 
 

@@ -195,6 +195,7 @@ class ProducerStatus(DeliveryStatus):
     unknown: int = 0
     bad_parity: int = 0
     outside_run: int = 0  # packets outside of runs
+    rate: float | None = None  # packets per second, in and outside of runs, in the last seconds; None: not known
     totals: list[list[int]] | None = None  # counts in all runs since the process started, as in stream.End
     total_outside: int = 0  # packets outside of runs since the process started
     boards: list[BoardReport] = []

@@ -6,12 +6,15 @@ The limits keep a flood of lines from one sender from filling the disk, or from 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from math import ceil, floor
 from typing import Final
 
 #: Minimum seconds over which processor time is averaged.
 SPAN = 1.0
+#: Seconds over which the rate of a count is averaged.
+RATE_SPAN = 5.0
 #: Maximum number of names that have used up a part of their own allowance; all further names share one.
 _NAMES: Final = 256
 
@@ -90,6 +93,25 @@ class Load:
     @staticmethod
     def _read_times() -> tuple[float, float, float]:
         return time.monotonic(), time.thread_time(), time.process_time()
+
+
+class CountRate:
+    """Mean rate of a count over the last seconds."""
+
+    def __init__(self) -> None:
+        self._points: deque[tuple[float, int]] = deque()
+
+    def per_second(self, count: int) -> float | None:
+        """Return how fast the count has grown to its present value, over the last RATE_SPAN seconds; None while that
+        is not known. Call this repeatedly. After a count that is lower than before it begins anew."""
+        now = time.monotonic()
+        if self._points and count < self._points[-1][1]:
+            self._points.clear()
+        self._points.append((now, count))
+        while len(self._points) > 2 and self._points[1][0] <= now - RATE_SPAN:
+            self._points.popleft()
+        first, before = self._points[0]
+        return (count - before) / (now - first) if now - first >= SPAN else None
 
 
 def load_text(shares: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Times, durations and sizes as text, and back."""
+"""Times, durations and sizes as text, and back; the order of names."""
 
 from __future__ import annotations
 
@@ -68,6 +68,12 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.4g} TB"
+
+
+def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Return a key that sorts names with numbers as people do: module 2 before module 10."""
+    parts = re.split(r"(\d{1,18})", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part], name
 
 
 class _Brief(reprlib.Repr):
