@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from larpixdaq.constants import (
     BEGINNING,
@@ -47,7 +49,7 @@ from larpixdaq.control.run_instructions import (
     team_layout,
     team_versions,
 )
-from larpixdaq.control.run_verdict import judge, take_end, take_report
+from larpixdaq.control.run_verdict import RunVerdict, judge, take_end, take_report
 from larpixdaq.control.scatter_gather import (
     ComponentAnswer,
     ComponentRequest,
@@ -57,12 +59,14 @@ from larpixdaq.control.scatter_gather import (
     ReplyRoute,
     Steps,
     Team,
+    fold_reasons,
 )
 from larpixdaq.errors import ComponentError, FileError, LarpixDaqError, RequestError, StateError
 from larpixdaq.protocol.control import Answer, Heartbeat, content
 from larpixdaq.protocol.reports import FinishedFile, StorageStatus
 
 _log = logging.getLogger("larpixdaq.core")
+_T = TypeVar("_T")
 # Time limits of components for the steps of a run, seconds.
 PREPARE_LIMIT: Final = 10.0
 BEGIN_LIMIT: Final = 10.0
@@ -74,6 +78,8 @@ MONITOR_LIMIT: Final = 1.0
 LOST_PATIENCE: Final = 5.0
 #: Maximum number of comments in one request to a storage: 400 kB.
 _COMMENTS_AT_ONCE: Final = 10
+#: Maximum number of components that the line of a transition names.
+_MANY_LISTED: Final = 12
 #: Seconds for components to come back before the core continues an interrupted end_run.
 _RETURN: Final = 2.0
 
@@ -381,23 +387,29 @@ class RunControl:
     def _prepare(self, run: Run, producers: list[str], warnings: list[str]) -> Steps:
         warnings += shared_io_groups([self._peers.components[name] for name in producers])
         warnings += disk_watch.warnings([self._peers.components[name] for name in run.storages])
+        outcomes: Mapping[str, ComponentAnswer] = {}
         try:
             # Storages first, so that the file is open before producers send the configurations of chips.
             monitors = self._monitor_items(monitor_params(run))
             stores = {name: Item(storage_params(run, producers), PREPARE_LIMIT) for name in run.storages}
             outcomes = yield ComponentRequest("prepare_run", {**stores, **monitors})
             warnings += [outcomes[name].text for name in monitors if not outcomes[name].ok]
-            files = [take_file(name, outcomes[name]) for name in run.storages]
+            files = self._take_all(run, "storages", outcomes, run.storages, take_file)
             items = {name: Item(producer_params(run), PREPARE_LIMIT) for name in producers}
             outcomes = yield ComponentRequest("prepare_run", items)
-            warnings += [text for name in producers if (text := take_ready(run, name, outcomes[name]))]
+            ready = self._take_all(run, "producers", outcomes, producers, partial(take_ready, run))
+            warnings += [text for text in ready if text]
             run.phase = READY
             self._catalogue.save(run)
         except LarpixDaqError as error:
+            advice = _advice(answer for name, answer in outcomes.items() if name in (*producers, *run.storages))
             yield from self._cancel(run, producers, str(error))
+            if advice:
+                raise ComponentError(f"{error}{advice}") from None
             raise
-        where = f"producers {', '.join(producers)}, storages {', '.join(run.storages)}"
+        where = f"{_listed('producers', producers)}, {_listed('storages', run.storages)}"
         self._change_state(READY, run, f"{run.kind}, {where}{f': {run.comment}' if run.comment else ''}")
+        warnings = self._fold(run, warnings)
         self._warn("prepare_run", warnings)
         return {"run": run.run, "files": files, "warnings": warnings}
 
@@ -408,20 +420,22 @@ class RunControl:
         stores = {name: Item(begin, BEGIN_LIMIT) for name in run.storages if not self._has_begun(name)}
         outcomes = yield ComponentRequest("begin_run", {**stores, **monitors})
         warnings = [outcomes[name].text for name in monitors if not outcomes[name].ok]
-        failures = [outcomes[name].text for name in stores if not outcomes[name].ok]
-        if not failures:
+        failed = [outcomes[name] for name in stores if not outcomes[name].ok]
+        if not failed:
             items = {name: Item(params, BEGIN_LIMIT) for name in run.producers if not self._has_begun(name)}
             outcomes = yield ComponentRequest("begin_run", items)
-            failures = [outcome.text for outcome in outcomes.values() if not outcome.ok]
-        if failures:
+            failed = [outcome for outcome in outcomes.values() if not outcome.ok]
+        if failed:
             # Data that have come since READY are the run's: it is aborted and kept.
             run.condition = RunCondition.ABORTED
-            run.reasons = failures
+            run.reasons = [outcome.text for outcome in failed]
+            text = "; ".join(self._fold(run, run.reasons)) + _advice(failed)
             yield from self._end(run)
-            raise ComponentError(f"run {run.run} was aborted, since it could not begin: {'; '.join(failures)}")
+            raise ComponentError(f"run {run.run} was aborted, since it could not begin: {text}")
         run.phase = RUN
         self._save(run)
         self._change_state(RUN, run)
+        warnings = self._fold(run, warnings)
         self._warn("begin_run", warnings)
         return {"run": run.run, "warnings": warnings}
 
@@ -448,7 +462,7 @@ class RunControl:
         stores = {name: Item(end_params(run), left, min(patience, self._patience(name))) for name in waiting}
         monitors = self._monitor_items({"run": run.run})
         outcomes = yield ComponentRequest("end_run", {**stores, **monitors})
-        self._warn("end_run", [outcomes[name].text for name in monitors if not outcomes[name].ok])
+        self._warn("end_run", self._fold(run, (outcomes[name].text for name in monitors if not outcomes[name].ok)))
         failed = {name: why for name in stores if (why := take_report(run, name, outcomes[name]))}
         # A storage that was restarted, or whose answer went to an earlier core, has no open file, but can report.
         left = END_LIMIT - (self._procedures.now - started)
@@ -462,7 +476,7 @@ class RunControl:
         return self._close(run, failures, silent)
 
     def _close(self, run: Run, failures: list[str], silent: dict[str, str]) -> dict[str, Any]:
-        verdict = judge(run, failures, silent)
+        verdict = self._judge(run, failures, silent)
         run.phase = ENDED
         run.condition, run.rows, run.stored, run.files, run.reasons = verdict
         self._save(run, run.reasons)
@@ -608,7 +622,7 @@ class RunControl:
             failures.append(why)
         if run.phase != ENDED:
             return
-        previous, verdict = run.condition, judge(run, failures, silent)
+        previous, verdict = run.condition, self._judge(run, failures, silent)
         level = logging.INFO if verdict.condition == previous else logging.WARNING
         _log.log(level, "run %d: %s after the report of %s", number, verdict.condition, component.name)
         run.condition, run.rows, run.stored, run.files, run.reasons = verdict
@@ -634,9 +648,53 @@ class RunControl:
             if failures is not None and str(error) not in failures:
                 failures.append(str(error))
 
+    def _take_all(
+        self,
+        run: Run,
+        kind: str,
+        outcomes: Mapping[str, ComponentAnswer],
+        names: Sequence[str],
+        take: Callable[[str, ComponentAnswer], _T],
+    ) -> list[_T]:
+        """Return what `take` makes of the answers of these components. ComponentError that names all whose answers
+        are errors; `kind`: what they are."""
+        values, failures = [], []
+        for name in names:
+            try:
+                values.append(take(name, outcomes[name]))
+            except ComponentError as error:
+                failures.append(str(error))
+        if failures:
+            many = f"{len(failures)} of {len(names)} {kind} have failed: " if len(failures) > 1 else ""
+            text = "; ".join(self._fold(run, failures))
+            raise ComponentError(many + text)
+        return values
+
+    def _fold(self, run: Run, texts: Iterable[str]) -> list[str]:
+        """Return texts about components of a run, where many that say the same become one."""
+        known = [*self._peers.lost.values(), *self._peers.components.values()]
+        required = [*run.producers, *run.storages]
+        return fold_reasons(texts, dict.fromkeys(required, "") | {one.name: one.module for one in known})
+
+    def _judge(self, run: Run, failures: list[str], silent: dict[str, str]) -> RunVerdict:
+        verdict = judge(run, failures, silent)
+        return verdict._replace(reasons=self._fold(run, verdict.reasons))
+
     def _warn(self, what: str, warnings: list[str]) -> None:
         for warning in warnings:
             _log.warning("%s: %s", what, warning)
+
+
+def _listed(kind: str, names: Sequence[str]) -> str:
+    """Return the names of components of a kind for the log, or how many they are."""
+    return f"{len(names)} {kind}" if len(names) > _MANY_LISTED else f"{kind} {', '.join(names)}"
+
+
+def _advice(failed: Iterable[ComponentAnswer]) -> str:
+    """Return what an Operator can do about components that have failed; "" if all of them have answered."""
+    if not any(outcome.silent for outcome in failed):
+        return ""
+    return "; restart what does not answer, or end it, and prepare_run again: a run goes without what is not there"
 
 
 class Deliveries:

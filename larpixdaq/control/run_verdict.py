@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from larpixdaq.constants import Count, RunCondition, best, rows_made, worst
 from larpixdaq.control.catalogue import Run
-from larpixdaq.control.scatter_gather import ComponentAnswer
+from larpixdaq.control.scatter_gather import MANY_NAMES, ComponentAnswer
 from larpixdaq.errors import ComponentError
 from larpixdaq.protocol.reports import EpochEnd, ProducerEnd, RunEnd, StorageEnd, checked
 
@@ -71,7 +71,10 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str]) -> RunVerdic
 
     reasons = list(failures)
     reasons += [why for name, why in silent.items() if why and any(source[0] == name for source in unknown)]
-    reasons += [f"{name}: the totals of epoch {epoch:x} are unknown" for name, epoch in unknown]
+    few = len(unknown) <= MANY_NAMES  # many become one reason, without their epochs
+    reasons += [
+        f"{name}: {f'the totals of epoch {epoch:x} are' if few else 'totals'} unknown" for name, epoch in unknown
+    ]
     away = [name for name, epochs in run.producers.items() if len(epochs) > 1]
     away += [end.producer for end in recorded.values() if end.how == "recovered"]
     for name in dict.fromkeys(away):

@@ -8,31 +8,71 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 from larpixdaq.control.registry import Component, Registry
 from larpixdaq.errors import ComponentError, LarpixDaqError, RequestError
 from larpixdaq.protocol.control import Answer, content
+from larpixdaq.runtime.units import natural
 
 _log = logging.getLogger("larpixdaq.core")
+#: Maximum number of components of which the same is said in a text for each.
+MANY_NAMES: Final = 4
+_PLURAL: Final = {"is": "are", "has": "have", "was": "were"}
 #: Maximum number of requests whose late answers are still expected.
 _LATE_KEPT: Final = 1000
 
 
 class ComponentAnswer(NamedTuple):
-    """A component's answer: `value` of a result (ok), or the error in `text`."""
+    """A component's answer: `value` of a result (ok), or the error in `text`. `silent`: none has come, because the
+    component is lost, or within the time limit."""
 
     ok: bool
     value: Any
     text: str = ""
+    silent: bool = False
 
     def result(self) -> Any:
         """Return the value; ComponentError when there is none."""
         if not self.ok:
             raise ComponentError(self.text)
         return self.value
+
+
+def fold_reasons(texts: Iterable[str], modules: Mapping[str, str]) -> list[str]:
+    """Return texts that each begin with the name of a component, where many that say the same become one text, which
+    names all of these components by module: `20 components have not answered: module 3 (disk 1, disk 2), …`.
+
+    `modules`: the module of each component by name, "" for none. Other texts stay as they are.
+    """
+    by_length = sorted(modules, key=len, reverse=True)
+    said: dict[tuple[str, str], list[str]] = {}  # names by what is said of them; of other texts none
+    for text in dict.fromkeys(texts):
+        name = next((name for name in by_length if text.startswith((f"{name} ", f"{name}:"))), "")
+        key = ("", text[len(name) :]) if name else (text, "")
+        said.setdefault(key, []).append(name)
+    folded = []
+    for (whole, rest), names in said.items():
+        if whole or len(names) <= MANY_NAMES:
+            folded += [whole or name + rest for name in names]
+            continue
+        verb, _, others = rest.removeprefix(":").strip().partition(" ")
+        words = f" {_PLURAL[verb]} {others}" if verb in _PLURAL else f": {verb} {others}".rstrip()
+        folded.append(f"{len(names)} components{words}: {by_module(names, modules)}")
+    return folded
+
+
+def by_module(names: Iterable[str], modules: Mapping[str, str]) -> str:
+    """Return all names as a text: `module 3 (disk 1, disk 2), module 5 (disk 7)`; without modules `disk 1, disk 2`."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names, key=natural):
+        found.setdefault(modules.get(name, ""), []).append(name)
+    return ", ".join(
+        f"{module} ({', '.join(found[module])})" if module else ", ".join(found[module])
+        for module in sorted(found, key=natural)
+    )
 
 
 @dataclass
@@ -150,10 +190,10 @@ class Procedure:
         """Close the requests whose time limit is over. Returns True while other requests are open."""
         for pending in list(self.pending.values()):
             if pending.lost is not None and now - pending.lost >= pending.item.patience:
-                self._close(pending, ComponentAnswer(False, None, f"{pending.name} is lost"))
+                self._close(pending, ComponentAnswer(False, None, f"{pending.name} is lost", True))
             elif now >= pending.deadline:
                 text = f"{pending.name} has not answered {pending.action} within {pending.item.limit:g} s"
-                self._close(pending, ComponentAnswer(False, None, text))
+                self._close(pending, ComponentAnswer(False, None, text, True))
                 self._release(pending)
         return bool(self.pending)
 

@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 import sqlite3
 
 import msgspec
 import numpy as np
 import pytest
 from fake_core import counts, storage_status
+from hypothesis import given
+from hypothesis import strategies as st
 from run_control_harness import EPOCHS, KINDS, Team, ask, do, finished, restart
 
 from larpixdaq.constants import ENDED, Count, RunCondition, best, worst
 from larpixdaq.control.catalogue import Author, Catalogue, Run
+from larpixdaq.control.scatter_gather import MANY_NAMES, fold_reasons
 from larpixdaq.errors import ComponentError, FileError, StateError
 
 
@@ -828,3 +832,90 @@ def test_a_catalogue_of_schema_1(tmp_path):
     db.close()
     with pytest.raises(FileError, match="schema 99, here 4"):
         Catalogue(tmp_path)
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """A core with 100 producers, storages and monitors in modules."""
+    monkeypatch.setattr("run_control_harness.KINDS", kinds := {})
+    monkeypatch.setattr("run_control_harness.EPOCHS", epochs := {})
+    team = Team(tmp_path)
+    for host in range(100):
+        names = {f"board {host}": "producer", f"disk {host}": "storage", f"monitor {host}": "run_data"}
+        kinds |= names
+        epochs[f"board {host}"] = host + 1
+        for name in names:
+            team.register(name).module = f"module {host // 4}"
+    yield team
+    team.close()
+
+
+def take_without(team, action, silent, limit=1000):
+    """Take a step in which these components do not answer. Returns its Reply, and the seconds that it has taken."""
+    started, reply = team.now, ask(team, action)
+    for _ in range(limit):
+        for _ in range(len(team.waiting)):
+            if team.waiting[0][0] in silent:
+                team.waiting.append(team.waiting.pop(0))
+            else:
+                team.answer()
+        if reply.ends:
+            break
+        team.advance(1.0)
+    team.waiting.clear()
+    return reply, team.now - started
+
+
+def test_all_components_that_fail_are_named_and_have_one_deadline(many):
+    silent = {f"disk {host}" for host in range(8, 28)}
+    reply, seconds = take_without(many, "prepare", silent)
+    with pytest.raises(ComponentError) as caught:
+        reply.value()
+    modules = ", ".join(
+        f"module {module} ({', '.join(f'disk {host}' for host in range(4 * module, 4 * module + 4))})"
+        for module in range(2, 7)
+    )
+    named = f"20 components have not answered prepare_run within 10 s: {modules}"
+    assert str(caught.value) == (
+        f"20 of 100 storages have failed: {named}; restart what does not answer, or end it, and prepare_run again: a "
+        "run goes without what is not there"
+    )
+    assert seconds <= 12  # 10 s for all of them together, and 1 s for those that cancel the run
+    run = many.catalogue.find(1)
+    assert (run.condition, run.reasons) == ("CANCELLED", [f"20 of 100 storages have failed: {named}"])
+    for name in silent:  # as the advice says
+        many.lose(name)
+    reply, _ = take_without(many, "prepare", {"monitor 1"})
+    assert reply.value()["warnings"] == ["monitor 1 has not answered prepare_run within 1 s"]
+    assert len(many.catalogue.find(2).storages) == 80
+    reply, _ = take_without(many, "begin", silent := {f"board {host}" for host in range(6)})
+    with pytest.raises(
+        ComponentError, match="run 2 was aborted, since it could not begin: 6 components have not"
+    ) as caught:
+        reply.value()
+    assert str(caught.value).count("board") == 6
+    reasons = many.catalogue.find(2).reasons
+    assert len(reasons) < 10
+    assert all(any(f"({name}" in text or f", {name}" in text for text in reasons) for name in silent)
+
+
+def test_answers_of_many_producers_that_fail(many):
+    reply = ask(many, "prepare")
+    while many.waiting:
+        name, _, action, _ = many.waiting[0]
+        many.answer(failing=action == "prepare_run" and name in ("board 1", "board 2"))
+    with pytest.raises(ComponentError, match=r"^2 of 100 producers have failed: board 1: it broke; board 2: it broke$"):
+        reply.value()
+
+
+@given(st.lists(st.sampled_from(["is lost", "has not answered x", "broke"])), st.integers(0, 12))
+def test_folded_reasons_name_every_component(what, modules):
+    names = [f"disk {place}" for place in range(len(what))]
+    texts = [
+        f"{name}: {words}" if words == "broke" else f"{name} {words}" for name, words in zip(names, what, strict=True)
+    ]
+    folded = fold_reasons(["the core failed", *texts], dict.fromkeys(names, f"module {modules}" if modules else ""))
+    assert folded[0] == "the core failed"
+    assert len(folded) <= 1 + 3 * MANY_NAMES
+    words = re.findall(r"disk \d+", " ".join(folded))
+    assert sorted(words) == sorted(names)
