@@ -7,6 +7,7 @@ tests can try every order of events: `now` is time.monotonic() of the caller.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
@@ -47,10 +48,11 @@ def fold_reasons(texts: Iterable[str], modules: Mapping[str, str]) -> list[str]:
 
     `modules`: the module of each component by name, "" for none. Other texts stay as they are.
     """
-    by_length = sorted(modules, key=len, reverse=True)
     said: dict[tuple[str, str], list[str]] = {}  # names by what is said of them; of other texts none
     for text in dict.fromkeys(texts):
-        name = next((name for name in by_length if text.startswith((f"{name} ", f"{name}:"))), "")
+        # A name has at most 64 characters.
+        ends = [found.start() for found in re.finditer("[ :]", text[:65])]
+        name = next((text[:end] for end in reversed(ends) if text[:end] in modules), "")
         key = ("", text[len(name) :]) if name else (text, "")
         said.setdefault(key, []).append(name)
     folded = []
