@@ -286,8 +286,9 @@ def _member(facts: Facts, alarms: Sequence[Alarm], *, missing: bool) -> Member:
 
 
 def _level(alarm: Alarm) -> str:
-    """Return the level of an alarm for the order of groups: somebody takes care of an acknowledged one."""
-    return ALARM if alarm.level == ALARM and alarm.acknowledged is None else WARNING
+    """Return the level of an alarm for the order of groups. Those come later that somebody takes care of, or that are
+    in order again."""
+    return ALARM if alarm.level == ALARM and alarm.acknowledged is None and alarm.in_order is None else WARNING
 
 
 def _seen(alarm: Alarm) -> str:
