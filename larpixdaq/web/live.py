@@ -20,6 +20,7 @@ from msgspec import Meta
 
 from larpixdaq.constants import LOG, LOST, PRODUCER, RUN_DATA, STORAGE
 from larpixdaq.control.client import Connection, Response
+from larpixdaq.control.component_groups import described, is_grouped
 from larpixdaq.errors import LarpixDaqError, RequestError, RequestTimeout, UnknownAction
 from larpixdaq.web.page import History, Outbox, Section, Tail, binary_frame, to_json
 
@@ -115,7 +116,9 @@ class Live:
         self.core, self.insecure = core, insecure
         self.connection = Connection(core, NAME, insecure=insecure, pid=os.getpid())
         self.pages: set[Page] = set()
-        names = ("core", "status", "alarms", "monitor", "monitor_problem", "chips", "layout", "actions", "ledger")
+        names = (
+            "core", "status", "groups", "alarms", "monitor", "monitor_problem", "chips", "layout", "actions", "ledger",
+        )  # fmt: skip
         self.history, self.records = History(HISTORY), Tail(LOG_RECORDS)
         self.sections: dict[str, Section | Tail | History] = {name: Section() for name in names}
         self.sections |= {"history": self.history, "log": self.records}
@@ -225,6 +228,7 @@ class Live:
         self.status = status
         self._set("core", self._core_facts())
         self._set("status", status)
+        self._set("groups", described(status) if is_grouped(status.get("components", [])) else None)
         self._set("alarms", status.get("alarms", []))
         self._set("ledger", ledger(status))
         alive = [one for one in status.get("components", []) if one["alive"]]

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from emulated_board import Emulator
+from fake_core import Actor, all_running, storage_status
 from processes import LIMIT, until
 from selenium.webdriver.common.keys import Keys
 from system import System
@@ -635,6 +636,66 @@ def test_power_up_and_the_network_of_a_tile(page: Browser, operator: Operator, t
     page.confirm("Abort")
     page.wait_text(".board-control .progress-line[data-level=alarm]", "abort")
     until(lambda: operator.board_status().result(LIMIT)[0]["tiles"] == [], "the tile to be off")
+
+
+def test_components_in_groups(page: Browser, line: System) -> None:
+    """Components with modules are in groups that fold, the worst first; what is around them does not move."""
+
+    def order() -> list[str]:
+        found = [one.get_attribute("aria-label") for one in page.all(".group")]
+        return [name for name in found if name.startswith("module")]  # other components are in a group of this host
+
+    def places() -> list[float]:
+        panels = [".groups", ".boards", ".log-panel", ".group:first-child > header"]
+        return page.run("return arguments[0].map((one) => document.querySelector(one).offsetTop)", panels) + page.run(
+            "return arguments[0].map((one) => document.querySelector(one).offsetHeight)", panels
+        )
+
+    def shown(module: str) -> list[str]:
+        return [one.text for one in page.all(f".group[aria-label='{module}'] tbody td:first-child")]
+
+    stores = [
+        Actor(line.core, f"disk {number}", "storage", {"directory": SCRIPT}, {}, module=f"module {number % 3}")
+        for number in range(9)
+    ]
+    with all_running(*stores):
+        page.wait(lambda: order() == [f"module {number}" for number in range(3)], "the groups")
+        before = places()
+        assert page.all(".group .members[hidden]") == page.all(".group .members")
+        stores[5].status = storage_status(paused="no space left")
+        page.wait(lambda: order() == ["module 2", "module 0", "module 1"], "the group with a problem first")
+        page.wait(lambda: shown("module 2") == ["disk 5"], "the component with the problem")
+        assert "PAUSED: disk 5 is not writing: no space left" in page.text(".group[aria-label='module 2'] tbody")
+        header = page.text(".group[aria-label='module 2'] header").split("\n")
+        assert header[:3] == ["module 2", "ALARM", "3 components alive"]
+        page.wait_text("#problems", "module 2: 3 components alive; disk 5: ALARM")
+        page.wait_text(".components .note", "1 of")
+        page.wait(lambda: page.find("#problems").is_displayed(), "the problems")
+        after = places()
+        assert after[4:] == before[4:]  # heights
+        moved = {now - then for now, then in zip(after[:4], before[:4], strict=True)}
+        assert len(moved) == 1, moved  # the line above moves all of the page alike
+        page.click("Show 2 more", ".group[aria-label='module 2']")
+        page.wait(lambda: shown("module 2") == ["disk 5", "disk 2", "disk 8"], "the whole group")
+        page.click("module 1", ".groups")
+        page.wait(lambda: shown("module 1") == ["disk 1", "disk 4", "disk 7"], "a group without a problem, unfolded")
+        # Who points at the groups does not have them move away.
+        page.run("""
+            const point = () => document.querySelector(".groups").dispatchEvent(new PointerEvent("pointermove"));
+            point();
+            window.pointing = setInterval(point, 500);
+        """)
+        stores[5].status = storage_status()
+        stores[1].status = storage_status(paused="no space left")
+        page.wait_text(".group[aria-label='module 1'] header", "ALARM")
+        assert order() == ["module 2", "module 0", "module 1"]
+        page.run("clearInterval(window.pointing)")
+        page.wait(lambda: order()[0] == "module 1", "the order of now")
+        page.click("Unfold all", ".components")
+        page.wait(lambda: len(shown("module 0")) == 3, "all groups unfolded")
+        page.click("Fold", ".components")
+        page.wait(lambda: shown("module 1") == ["disk 1"], "all groups folded")
+    page.wait(lambda: not page.find(".groups").is_displayed(), "a line for each component again")
 
 
 def test_chromium_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

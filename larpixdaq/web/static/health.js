@@ -106,8 +106,11 @@ export function problems(live) {
     return found;
   }
   const open = new Set((live.state.alarms ?? []).map((alarm) => `${alarm.condition} ${alarm.component}`));
-  for (const name of status.run?.missing ?? []) add("alarm", `${name} is missing in this run`);
-  for (const component of status.components) {
+  const { groups } = live.state;
+  const grouped = new Set((groups ?? []).flatMap((group) => group.members.map((member) => member.name)));
+  for (const group of groups ?? []) if (group.level) add(group.level, groupProblem(group));
+  for (const name of status.run?.missing ?? []) if (!grouped.has(name)) add("alarm", `${name} is missing in this run`);
+  for (const component of groups ? [] : status.components) {
     if (!component.alive && !open.has(`component-lost ${component.name}`))
       add("alarm", `${component.name} is LOST, last heard ${age(heard(live, component))} ago`);
     else if (component.alive && component.stuck && !open.has(`component-stuck ${component.name}`))
@@ -130,6 +133,13 @@ export function problems(live) {
       `audit: ${plural(status.audit.lost ?? 0, "row")} lost${status.audit.error ? `: ${status.audit.error}` : ""}`,
     );
   return found.sort((one, other) => ORDER.indexOf(other.level) - ORDER.indexOf(one.level));
+}
+
+// A group in one line: how many of its components live, and the worst of them.
+function groupProblem(group) {
+  const [worst, ...others] = group.members.filter((member) => member.level);
+  const more = others.length ? `, and ${plural(others.length, "more component")} with a problem` : "";
+  return `${group.name}: ${group.state}; ${worst.name}: ${worst.problems[0]}${more}`;
 }
 
 function add_component(component, open, add) {

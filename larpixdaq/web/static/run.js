@@ -15,6 +15,7 @@ import {
   setText,
 } from "./elements.js";
 import { age, brief, clock, count, cut, digits, duration, known, percent, plural, seconds, utc } from "./format.js";
+import { Groups } from "./groups.js";
 import { boards, components, current, details, elapsed, heard } from "./health.js";
 
 const LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"];
@@ -33,9 +34,11 @@ export class RunTab {
     this.outcome = null;
     const run = this.runPanel();
     const alarms = this.alarmPanel();
-    this.components = this.componentTable();
+    this.components = this.componentTable("Components");
+    this.groups = new Groups((label) => this.componentTable(label, ["run", "queued", "log from"]));
     this.boards = this.boardTable();
-    const componentPanel = panel("Components", { class: "components" }, this.components.node);
+    const componentPanel = panel("Components", { class: "components" }, this.components.node, this.groups.node);
+    componentPanel.tools.append(this.groups.toggleAll);
     this.componentNote = componentPanel.note;
     const boardPanel = panel("Boards", { class: "boards" }, this.boards.node);
     this.node = element(
@@ -188,9 +191,10 @@ export class RunTab {
     return made.panel;
   }
 
-  componentTable() {
+  // `without`: titles of columns that the table does not have.
+  componentTable(label, without = []) {
     const load = (component) => component.status?.load;
-    return new Table("Components", [
+    const columns = [
       { title: "component", text: (component) => component.name },
       { title: "kind", text: (component) => component.kind.replace("run_data", "monitor") },
       {
@@ -214,8 +218,16 @@ export class RunTab {
         level: (component) => (load(component)?.loop > 0.95 ? "warning" : ""),
       },
       { title: "log from", text: (component) => component.log_level || "–" },
-      { title: "figures", wide: true, text: (component) => details(component) || "–" },
-    ]);
+      {
+        title: "figures",
+        wide: true,
+        text: (component) => [...(component.problems ?? []), details(component)].filter(Boolean).join("\n") || "–",
+      },
+    ];
+    return new Table(
+      label,
+      columns.filter((column) => !without.includes(column.title)),
+    );
   }
 
   health(component) {
@@ -468,17 +480,7 @@ export class RunTab {
     const { status, alarms } = this.live.state;
     this.showRun(status);
     this.showAlarms(alarms);
-    this.components.update(
-      status ? this.withCore(status) : null,
-      (component) => `${component.name} ${component.alive}`,
-    );
-    const named = components(this.live);
-    setText(
-      this.componentNote,
-      status
-        ? `${plural(named.filter((component) => component.alive).length, "component")} alive, ${named.filter((component) => !component.alive).length} lost`
-        : "",
-    );
+    this.showComponents(status);
     this.boards.update(status ? boards(this.live) : null, (board) => `${board.producer} ${board.io_group}`);
     if (!changed || changed.has("log") || changed.has("status")) this.showLog();
   }
@@ -486,6 +488,24 @@ export class RunTab {
   // Ages go on between two messages.
   tick() {
     this.update(new Set());
+  }
+
+  // The components, in groups if the web server has made some.
+  showComponents(status) {
+    const { groups } = this.live.state;
+    const named = components(this.live);
+    const all = status ? this.withCore(status) : null;
+    this.components.update(groups ? all?.slice(0, 1) : all, (component) => `${component.name} ${component.alive}`);
+    this.node.classList.toggle("grouped", Boolean(groups));
+    this.groups.node.hidden = this.groups.toggleAll.hidden = !groups;
+    if (groups) this.groups.update(groups, new Map(named.map((component) => [component.name, component])));
+    const alive = named.filter((component) => component.alive).length;
+    const bad = groups?.filter((group) => group.level).length;
+    const note = [
+      `${plural(alive, "component")} alive, ${named.length - alive} lost`,
+      ...(groups ? [`${bad} of ${plural(groups.length, "group")} with a problem`] : []),
+    ];
+    setText(this.componentNote, status ? note.join("; ") : "");
   }
 
   // The files of the run: those that storages have open, or those that it has when it has ended.
