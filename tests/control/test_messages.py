@@ -260,6 +260,13 @@ def test_another_version_is_reported_before_other_errors():
         unpack_client(data, "a test")
 
 
+def test_a_registration_of_an_earlier_version_has_no_module():
+    earlier = {"type": "register", "version": PROTOCOL, "name": "n", "kind": "log", "instance": "i"}
+    assert unpack_client(msgspec.msgpack.encode(earlier), "a test").module == ""
+    with pytest.raises(ProtocolError, match="module"):
+        unpack_client(msgspec.msgpack.encode(earlier | {"module": "x" * 65}), "a test")
+
+
 def test_messages_in_the_wrong_direction_are_refused():
     with pytest.raises(ProtocolError, match="welcome"):
         unpack_client(pack(Welcome()), "a test")
@@ -268,7 +275,7 @@ def test_messages_in_the_wrong_direction_are_refused():
 
 
 SAMPLES = [
-    pack(Register(name="n", kind="storage", instance="i", actions=["a"], info={"x": [1]}, run=3)),
+    pack(Register(name="n", kind="storage", instance="i", actions=["a"], info={"x": [1]}, run=3, module="m")),
     pack(Heartbeat(progress=1, queued=2, status={"a": np.arange(3)})),
     pack(Answer(kind="result", value=packed({"a": np.zeros(2, schema.PACKETS_2_4)}))),
     pack(ActionRequest(action="a", params={"x": 1.5})),

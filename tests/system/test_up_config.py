@@ -46,7 +46,7 @@ def test_a_detector_of_eight_boards_runs_and_changes(made: Detector) -> None:
         for group, (data, command) in enumerate(zip(ports[:8], ports[8:], strict=True), 1)
     ]
     options = f"io-groups = 8\nrate = 100\ndata-port = {ports[:8]}\ncommand-port = {ports[8:]}\n"
-    tables.append(f"[emulators.rack]\n{options}[storages.disk]\nrotate = ['1h']\n[monitors.rates]\n")
+    tables.append(f"[emulators.rack]\n{options}[storages.disk]\nrotate = ['1h']\nmodule = 'rack 1'\n[monitors.rates]\n")
     north = made.producer("north", f"boards = {[f'module{group}' for group in range(1, 9)]}")
     made.write(*tables, north)
     assert made.up() == (
@@ -61,6 +61,8 @@ def test_a_detector_of_eight_boards_runs_and_changes(made: Detector) -> None:
             return found
 
         assert producer()["info"]["io_groups"] == list(range(1, 9))
+        modules = {component["name"]: component["module"] for component in operator.components().result(LIMIT)}
+        assert (modules["disk"], modules["north"]) == ("rack 1", "")
         until(lambda: producer()["status"].get("outside_run"), "packets of the emulated boards")
     # the same again changes nothing
     assert made.up() == (0, f"detector.toml: up already at {made.core}: all 6 processes are running\n")

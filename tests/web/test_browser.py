@@ -669,7 +669,7 @@ def test_components_in_groups(page: Browser, line: System) -> None:
         header = page.text(".group[aria-label='module 2'] header").split("\n")
         assert header[:3] == ["module 2", "ALARM", "3 components alive"]
         page.wait_text("#problems", "module 2: 3 components alive; disk 5: ALARM")
-        page.wait_text(".components .note", "1 of")
+        page.wait_text(".components .note", "of 4 groups with a problem")
         page.wait(lambda: page.find("#problems").is_displayed(), "the problems")
         after = places()
         assert after[4:] == before[4:]  # heights
