@@ -2,9 +2,11 @@
 
     python bench/components.py [--hosts N] [--seconds S] [--json]
 
-Each host has a producer, a storage and a monitor, which answer all actions at once and have no data. Ten processes hold
-them all, and their registrations begin together. "lost" is the time from the SIGKILL of processes with 50 of them until
-the core's status has all 50 as lost. Everything is on this machine, and the components' processes take most of it.
+Each host has a producer, a storage and a monitor, and four hosts are a module. The components answer all actions at
+once and have no data. Twelve processes hold them all, and their registrations begin together. "lost" is the time from
+the SIGKILL of processes with 50 of them until the core's status has all 50 as lost. "groups" is the time in which a
+viewer makes the groups of a status, and the number of lines that `larpixdaq status` then shows. Everything is on this
+machine, and the components' processes take most of it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from fake_core import Actor, producer_status, storage_status
 from processes import until
 from system import System
 
+from larpixdaq.control.display import status_lines
 from larpixdaq.runtime.event_loop import Signals
 
 #: Processes that hold the components; those that are killed together have 50 components of 300.
@@ -36,23 +39,22 @@ def actors(core: str, host: int) -> list[Actor]:
     produced: dict[str, Any] = {key: {} for key in ("begin_run", "cancel_run")} | dict.fromkeys(
         ("end_run", "abort_run"), end
     )
-    name = f"module {host // 4}, host {host}"
+    module = f"module {host // 4}"
     producer = Actor(
-        core, f"{name}, boards", "producer",
+        core, f"boards of {host}", "producer",
         {"stream": [f"tcp://127.0.0.1:{20_000 + host}", ""], "epoch": host + 1, "layout": 2, "asic": "2",
          "io_groups": [host % 255 + 1], "source": "none"},
-        produced | {"prepare_run": {"epoch": host + 1, "layout": 2}},
+        produced | {"prepare_run": {"epoch": host + 1, "layout": 2}}, module=module,
     )  # fmt: skip
     stored = {"files": [], "condition": "COMPLETE", "rows": 0, "stored": [], "reasons": []}
     storage = Actor(
-        core, f"{name}, storage", "storage",
+        core, f"storage of {host}", "storage",
         {"directory": f"/data/{host}", "highest_run": 0, "free_bytes": 1 << 40},
         {"prepare_run": {"file": f"/data/{host}/x.h5.part", "free_bytes": 1 << 40}, "begin_run": {}, "cancel_run": {},
-         "end_run": stored},
+         "end_run": stored}, module=module,
     )  # fmt: skip
-    monitor = Actor(
-        core, f"{name}, monitor", "run_data", {}, {key: {} for key in ("prepare_run", "begin_run", "end_run")}
-    )
+    joins = {key: {} for key in ("prepare_run", "begin_run", "end_run")}
+    monitor = Actor(core, f"monitor of {host}", "run_data", {}, joins, module=module)
     producer.status, storage.status = producer_status(), storage_status()
     return [producer, storage, monitor]
 
@@ -117,6 +119,9 @@ def measure(line: System, hosts: int, seconds: float) -> dict[str, Any]:
         before, began = processor_seconds(core.popen.pid), time.monotonic()
         time.sleep(seconds)
         found["core"] = round((processor_seconds(core.popen.pid) - before) / (time.monotonic() - began), 3)
+        status = operator.status().result(STEP)
+        began, lines = time.monotonic(), status_lines(status)
+        found["groups_s"], found["lines"] = round(time.monotonic() - began, 3), len(lines)
         killed = processes[:KILLED]
         for process in killed:
             process.send_signal(signal.SIGKILL)
@@ -124,6 +129,7 @@ def measure(line: System, hosts: int, seconds: float) -> dict[str, Any]:
         dead = 3 * bounds[KILLED]
         until(lambda: alive(operator) == 3 * hosts - dead, "the lost components", STEP)
         found["killed"], found["lost_s"] = dead, round(time.monotonic() - began, 2)
+        found["lines_lost"] = len(status_lines(operator.status().result(STEP)))
         for process in processes[KILLED:]:
             process.send_signal(signal.SIGTERM)
         for process in processes:
@@ -148,6 +154,7 @@ def main() -> int:
     for name in ("prepare", "begin", "end"):
         print(f"  {name}_run: {', '.join(map(str, found[f'{name}_s']))} s")
     print(f"  core: {found['core']} cores; {found['killed']} killed, all lost after {found['lost_s']} s")
+    print(f"  status: {found['lines']} lines, {found['lines_lost']} then; groups made in {found['groups_s']} s")
     return 0
 
 
