@@ -324,7 +324,7 @@ def test_three_hosts_of_one_file(tmp_path: Path) -> None:
 
 def test_the_examples_of_the_documentation(made: Detector) -> None:
     """Those of docs/operate.md, with other ports, and with the emulated board of the page."""
-    first, emulator, generations, settings, hosts = re.findall(
+    first, emulator, modules, generations, settings, hosts = re.findall(
         r"^```toml\n(.*?)^```$", (Path(__file__).parents[2] / "docs" / "operate.md").read_text(), re.M | re.S
     )
     data, command = free_ports(2)
@@ -340,6 +340,9 @@ def test_the_examples_of_the_documentation(made: Detector) -> None:
     assert status == 0, words
     assert re.search("run 1: COMPLETE, [1-9] s, ", words), words
     assert made.run("down", made.path)[0] == 0
+    made.path.write_text(modules)
+    status, commands = made.run("config", made.path, "--commands", "--host", "daq3")
+    assert (status, re.findall(r"--module=([\w ]+)", commands)) == (0, ["module 3", "spare boards"])
     for text in (generations, f'{settings}[producers.v2b]\nboards = ["module2"]\n'):
         made.path.write_text(text)
         assert made.run("config", made.path)[0] == 0
