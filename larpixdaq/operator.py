@@ -218,7 +218,8 @@ class Operator:
     def components(self) -> Request:
         """List the components.
 
-        Result: a list of dicts with name, kind, alive, stuck, heard_s (s since last heard), progress, queued, status...
+        Result: a list of dicts with name, kind, module ("": none), alive, stuck, heard_s (s since last heard),
+        progress, queued, status...
         """
         return self._core("components")
 
@@ -229,7 +230,7 @@ class Operator:
     def status(self) -> Request:
         """Get all that the core knows: state, run, last_run (with its condition), components, control, insecure, ...
 
-        Shown as text, like `larpixdaq status`; `.result()` returns the dict.
+        Shown as text, like `larpixdaq status`: many components in groups. `.result()` returns the dict.
         """
         return self._connection.ask("status", {}, "", "", lambda found: "\n".join(status_lines(found)))
 
