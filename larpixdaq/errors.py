@@ -9,6 +9,7 @@ LarpixDaqError
 ├── ProtocolError      a peer broke the protocol
 │   └── ChecksumError      rows differ from those that were sent
 ├── RingError          the ring cannot be made or used
+├── BrokerError        the brokers of JetStream do not answer or refuse
 ├── NoCore             no core answers
 ├── RequestError       the core or a component refused or failed
 │   ├── StateError         not allowed in this run state
@@ -60,6 +61,14 @@ class ChecksumError(ProtocolError):
 
 class RingError(LarpixDaqError):
     pass
+
+
+class BrokerError(LarpixDaqError):
+    """`code`: error code of JetStream, 0 if it has none."""
+
+    def __init__(self, text: str, code: int = 0) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class NoCore(LarpixDaqError):
