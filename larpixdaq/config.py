@@ -20,6 +20,9 @@ CORE_PORT: Final = 5551
 LOG_PORT: Final = 5678
 WEB_PORT: Final = 5580
 METRICS_PORT: Final = 5581
+#: Ports of a broker, for clients and for the other brokers: those of NATS.
+BROKER_PORT: Final = 4222
+CLUSTER_PORT: Final = 6222
 LOOPBACK: Final = "tcp://127.0.0.1"
 LOG_ADDRESS: Final = f"{LOOPBACK}:{LOG_PORT}"
 #: Milliseconds without progress until a connection is closed. Those of log and consumers have longer limits.
