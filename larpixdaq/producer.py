@@ -57,7 +57,9 @@ from larpixdaq.sources import options as source_options
 from larpixdaq.sources.command_channel import Channel
 from larpixdaq.sources.data_quality import Watch
 from larpixdaq.sources.source import BoardStatus, Source
+from larpixdaq.stream import jetstream
 from larpixdaq.stream.publisher import bind_stream, stream_router
+from larpixdaq.stream.uplink import Uplink
 from larpixdaq.version import VERSION
 
 log = logging.getLogger("larpixdaq.producer")  # __name__ is "__main__" in the process
@@ -88,13 +90,24 @@ CHECK_INTERVAL = 1.0
 class Producer:
     """Sources, recorder and stream of one producer process, and the actions by which the core drives them."""
 
-    def __init__(self, options: argparse.Namespace, boards: list[Source], delivery: Delivery, stream: Endpoint) -> None:
-        """`boards` are open, and either all of them wait when the ring is full, or none. `stream`: where it listens."""
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        boards: list[Source],
+        delivery: Delivery,
+        stream: Endpoint,
+        uplink: Uplink | None = None,
+    ) -> None:
+        """`boards` are open, and either all of them wait when the ring is full, or none. `stream`: where it listens.
+
+        `uplink`: to the brokers, which must have each block, in place of the storages.
+        """
         self.layout = boards[0].layout
         self.name: str = options.name
         self.epoch = delivery.epoch
         self.boards = boards
         self.delivery = delivery
+        self.uplink = uplink
         self.publisher = delivery.publisher
         self._admitted = 0  # the node's changes of which the publisher knows
         self.replaced = False  # another producer has taken the name, and with it the ring
@@ -195,6 +208,9 @@ class Producer:
         for socket in self.publisher.sockets():  # these, and the spool's thread, can wait for the end of a rest
             poller.register(socket, zmq.POLLIN)
         poller.register(spool, zmq.POLLIN)
+        uplink = self.uplink
+        if uplink is not None:
+            poller.register(uplink.fileno(), zmq.POLLIN)
         self.readout.watch(poller)
         while not signals.stop:
             ready = {found for found, _ in poller.poll(self.node.wait_ms(self._due()))}
@@ -205,6 +221,8 @@ class Producer:
                 self.publisher.admit(self.node.update)
             if child in ready:
                 self.child.dispatch()
+            if uplink is not None and (uplink.fileno() in ready or uplink.is_due()):
+                uplink.work()
             if self.commands.busy:  # before the boards are read, so that a word precedes its answer
                 self.commands.work()
                 self.commands.watch(poller)
@@ -265,12 +283,16 @@ class Producer:
             limits.append(now + 0.01)
         if self.publisher.unsent:
             limits.append(now)
+        if self.uplink is not None:
+            limits.append(self.uplink.due())
         return min(limits, default=None)
 
     def close(self) -> None:
         if self.recorder.run is not None and not self.replaced:
             self._finish("aborted")
         self.delivery.close(leave=self.replaced)
+        if self.uplink is not None:
+            self.uplink.close()
         self.child.close()
         self.node.close()
 
@@ -296,6 +318,10 @@ class Producer:
         refusals = [board.refusal for board in boards if board.refusal]
         if refusals and not self._late:  # in a run that has begun, data with half of their time are better than none
             raise StateError("; ".join(refusals))
+        if self.uplink is not None:
+            required = [self.uplink.name]
+            if (problem := self.uplink.status().problem) and not self._late:
+                raise StateError(f"{self.name}: {problem}")
         earlier = self._earlier + self.delivery.ring.counts
         self.recorder.begin(run, required)
         self._counted, self._earlier = run, earlier
@@ -534,6 +560,7 @@ class Producer:
             finished=all(source.finished for source in self.boards),
             firmware=dict(self._firmware),
             pixel_layout=self.child.pixel_layout,
+            uplink=None if self.uplink is None else self.uplink.status(),
         )
 
     def _group_reports(self, boards: list[BoardStatus]) -> list[IoGroupReport]:
@@ -589,6 +616,8 @@ def argument_parser() -> argparse.ArgumentParser:
 def add_own_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a producer beside those of its sources."""
     add_delivery_arguments(parser)
+    jetstream.add_arguments(parser, "on which blocks are kept for the storages, in place of ring and spool alone")
+    jetstream.add_settings_arguments(parser)
     parser.add_argument(
         "--routines", action="append", default=[], type=Path, metavar="DIR",
         help="another directory of routine files, from which operators may also load routines; they are programs and "
@@ -612,6 +641,7 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
 def check(options: argparse.Namespace) -> None:
     """Raise LarpixDaqError for options that cannot work on this machine."""
     _check_power_settings(options)
+    jetstream.brokers_of(options)
     source_options.create(options)
 
 
@@ -632,6 +662,7 @@ def main(argv: list[str] | None = None) -> int:
                 if not folder.is_dir():
                     raise ConfigError(f"--routines {folder}: no such directory")
             _check_power_settings(options)
+            brokers = jetstream.brokers_of(options)
             boards = source_options.create(options)
             waits = options.when_full == "wait" if options.when_full else all(source.waits for source in boards)
             for source in boards:
@@ -655,7 +686,11 @@ def main(argv: list[str] | None = None) -> int:
             )
             stack.callback(delivery.close)
             endpoint = Endpoint(address, pair.public if pair is not None else "")
-            producer = Producer(options, boards, delivery, endpoint)
+            uplink: Uplink | None = None
+            if brokers is not None:
+                settings = jetstream.settings_of(options, brokers)
+                uplink = Uplink(delivery.publisher, endpoint, options.name, brokers, settings)
+            producer = Producer(options, boards, delivery, endpoint, uplink)
             stack.callback(producer.close)
             producer.run(stack.enter_context(Signals()))
         if delivery.failure:

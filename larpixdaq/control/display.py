@@ -239,6 +239,16 @@ def _producer(status: ProducerStatus) -> list[str]:
         parts.append(f"{status.spooled_blocks} of them in the spool ({size(status.spooled_bytes)})")
     if status.inherited:
         parts.append(f"{status.inherited} blocks of its predecessor pending")
+    if (uplink := status.uplink) is not None:
+        waiting = uplink.messages - uplink.acknowledged_messages
+        text = f"{uplink.acknowledged_messages} messages ({size(uplink.acknowledged_bytes)}) at the brokers"
+        parts.append(f"{text}, {waiting} on their way" if waiting > 0 and uplink.connected else text)
+        if uplink.fill is not None:
+            parts.append(f"their stream {uplink.fill:.0%} full")
+        if not uplink.connected:
+            parts.append(f"NOT PUBLISHING: {uplink.problem or 'not connected to the brokers yet'}")
+        if uplink.lost_messages:
+            parts.append(f"{uplink.lost_messages} messages lost by the brokers")
     if status.made_anew:
         parts.append(f"the ring's file was removed and replaced, {status.made_anew} times")
     if status.finished:

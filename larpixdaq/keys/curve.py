@@ -215,10 +215,15 @@ class Admission:
         #: No keys are in use: everybody is admitted.
         self.insecure = pair is None
         self._names: dict[str, str] = {}
+        self._children: dict[str, str] = {}
 
     def whose(self, key: str) -> str | None:
         """The component whose key this is; "" for the core's own user, None if it may not connect."""
-        return "" if self.insecure else self._names.get(key)
+        return "" if self.insecure else self._children.get(key) or self._names.get(key)
+
+    def admit_child(self, key: str, name: str) -> None:
+        """Admit the public key that this component has made for its own child `name`, whatever the core says."""
+        self._children[key] = name
 
     def apply(self, names: dict[str, str], *, insecure: bool) -> list[bytes]:
         """Take over the keys and `insecure` of the core's Update. Closes connections whose key is not among them, also

@@ -164,6 +164,22 @@ class IoGroupReport(msgspec.Struct):
     total_fifo_full: int | None = None  # as fifo_full, in all runs since the process started
 
 
+class UplinkStatus(msgspec.Struct):
+    """How a producer's blocks come to the brokers of JetStream; counts since the producer's start."""
+
+    stream: str = ""  # its name
+    brokers: str = ""  # addresses
+    connected: bool = False  # a broker is connected, and the stream takes messages
+    messages: int = 0  # published; one that was not acknowledged is published again
+    bytes: int = 0
+    acknowledged_messages: int = 0
+    acknowledged_bytes: int = 0
+    fill: float | None = None  # fraction of the stream's size in use; None: not known
+    lost_messages: int = 0  # that the brokers had acknowledged and then lost
+    restarts: int = 0  # of the process that publishes
+    problem: str = ""  # why blocks wait; "" when they do not
+
+
 class DeliveryStatus(msgspec.Struct):
     """The part of a producer's status about ring, spool and stream.
 
@@ -205,6 +221,7 @@ class ProducerStatus(DeliveryStatus):
     finished: bool = False  # all sources have ended
     firmware: dict[str, str] = {}  # by io_group
     pixel_layout: dict[str, Any] | None = None  # as load_pixel_layout returned it, and `loaded` (unix s)
+    uplink: UplinkStatus | None = None  # None: without JetStream
     load: LoadShares | None = None
 
 

@@ -33,7 +33,7 @@ MAX_FRAME: Final = MAX_HEADER + (4 << 20)
 #: Bytes before the data of a piece.
 PIECE_HEADER: Final = 9
 #: Maximum number of origins whose positions a message tells.
-MAX_ORIGINS: Final = 16
+MAX_ORIGINS: Final = 8
 _PIECE: Final = struct.Struct("<BII")
 _NUMBER: Final = r"(0|[1-9][0-9]{0,18})"
 _EPOCH: Final = r"([0-9a-f]{1,16})"

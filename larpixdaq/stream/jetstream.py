@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.js import JetStreamContext
     from nats.js.api import StreamConfig, StreamInfo
+    from nats.js.errors import APIError
 
 _T = TypeVar("_T")
 PORT: Final = 4222
@@ -398,24 +399,26 @@ async def retried(request: Callable[[], Awaitable[_T]], limit: float = ELECTION_
         except (Error, asyncio.TimeoutError) as error:
             temporary = isinstance(error, NoAnswer | NoRespondersError | asyncio.TimeoutError)
             if isinstance(error, APIError):
-                temporary = error.err_code in _TEMPORARY
+                temporary = error.err_code in _TEMPORARY or _is_unanswered(error)
             if not temporary or time.monotonic() >= deadline:
                 raise BrokerError(describe(error), error_code(error)) from None
         await asyncio.sleep(RETRY_INTERVAL)
 
 
-async def ensure_stream(context: JetStreamContext, producer: str, settings: Settings) -> StreamInfo:
-    """Return the stream of a producer, which is made if there is none.
+async def ensure_stream(
+    context: JetStreamContext, producer: str, settings: Settings, limit: float = ELECTION_LIMIT
+) -> StreamInfo:
+    """Return the stream of a producer, which is made if there is none; during elections tried for `limit` seconds.
 
     BrokerError if it cannot be made, ConfigError if there is a stream of this name with other settings.
     """
     wanted = _configuration(producer, settings)
     try:
-        return await retried(lambda: context.add_stream(wanted))
+        return await retried(lambda: context.add_stream(wanted), limit)
     except BrokerError as error:
         if error.code != OTHER_SETTINGS:
             raise BrokerError(f"stream {wanted.name}: {error}", error.code) from None
-    info = await retried(lambda: context.stream_info(stream_name(producer)))
+    info = await retried(lambda: context.stream_info(stream_name(producer)), limit)
     raise ConfigError(
         f"stream {wanted.name}: the brokers have it with other settings: {_differences(wanted, info.config)}; "
         f"use these settings, or change the stream with `nats stream edit` (error {OTHER_SETTINGS})"
@@ -468,6 +471,11 @@ def error_code(error: BaseException) -> int:
     return getattr(error, "err_code", None) or 0
 
 
+def _is_unanswered(error: APIError) -> bool:
+    """Whether nats-py has made this error because nobody has answered."""
+    return error.code in (None, 503) and not error.err_code
+
+
 def meaning(code: int, description: str) -> str:
     """Return the meaning of an error code of JetStream, or its `description` by the broker, with the code."""
     return f"{_MEANINGS.get(code) or cause(Exception(description))} (error {code})"
@@ -484,9 +492,9 @@ def describe(error: BaseException) -> str:
     code = error_code(error)
     if isinstance(error, LarpixDaqError):
         return str(error)
-    if isinstance(error, APIError):
+    if isinstance(error, APIError) and not _is_unanswered(error):
         return meaning(code or error.code or 0, error.description or "refused")
-    if isinstance(error, NoStreamResponseError | errors.NoRespondersError):
+    if isinstance(error, NoStreamResponseError | errors.NoRespondersError | APIError):
         return "no broker answers for the stream, because it has no leader or no JetStream"
     if isinstance(error, errors.AuthorizationError) or "authorization violation" in str(error).lower():
         return "user, password or credentials are refused"

@@ -125,6 +125,7 @@ class Publisher:
         """
         self._admission = admission
         self._consumers: dict[str, ConsumerSession] = {}  # by name, as the core has said
+        self._children: dict[str, ConsumerSession] = {}  # by name: of this process
         self._unconfirmed: dict[bytes, tuple[Hello, str]] = {}  # by route, with the key
         self.own = own
         #: Predecessors' stores, the oldest first, and then `own`.
@@ -305,6 +306,15 @@ class Publisher:
                 del self._unconfirmed[route]
                 self._subscribe(route, hello)
 
+    def admit_child(self, name: str, session: str, key: str) -> None:
+        """Let a child process of the producer subscribe under `name`, which nobody else may, without the core's word.
+
+        `session` is a secret that only producer and child know; `key`: the child's public key, "" without keys.
+        """
+        self._children = {name: ConsumerSession(key, session_digest(session))}
+        if self._admission is not None and key:
+            self._admission.admit_child(key, name)
+
     def _is_confirmed(self, route: bytes, hello: Hello, key: str) -> bool:
         """Whether the core has confirmed a consumer. Only its second HELLO is refused, because the core's word may come
         later than the first one."""
@@ -327,7 +337,7 @@ class Publisher:
     def _knows(self, hello: Hello, key: str) -> bool:
         """Whether the core knows the session of a HELLO that came with this key."""
         assert self._admission is not None
-        known = self._consumers.get(hello.name)
+        known = self._children.get(hello.name) or self._consumers.get(hello.name)
         if known is None or known.digest != session_digest(hello.session):
             return False
         # A frame of a key that was revoked may still be on its way, and the name keeps its entry.

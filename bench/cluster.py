@@ -1,0 +1,200 @@
+"""Measure how fast a producer's blocks come to brokers of JetStream, against a bare client that sends the same bytes.
+
+    python bench/cluster.py [--brokers 1|3] [--boards N] [--words W] [--rows N] [--rounds R] [--json]
+
+Emulated PACMANs fill the ring of a producer while its uplink stands still. Then the uplink goes on, reads the ring,
+packs and publishes. After that a process with nothing but nats-py publishes the same messages to a stream with the
+same settings, with the same number of messages in flight. Both rates are rows over the time from the first to the last
+message by the clock of the broker that leads the stream. All is on this machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from common import STEP, argument_parser, machine, processor_seconds, temporary_system
+
+from brokers import Brokers, brokers  # isort: skip  after common, which finds tests/support
+from emulated_board import Emulator
+from processes import until
+
+from larpixdaq.protocol.stream import Block
+from larpixdaq.protocol.stream_messages import ID, Unpacker
+from larpixdaq.stream import jetstream
+from larpixdaq.stream.uplink_child import WINDOW
+
+NAME = "LArPix board"
+_LENGTH = struct.Struct("<II")
+
+
+def rate(cluster: Brokers, stream: str, rows: int) -> float:
+    """Return rows/s from the first to the last message of a stream, by the clock of its leader."""
+    leader = cluster.leader_of(stream) if len(cluster) > 1 else 0
+    (state,) = [found["state"] for found in cluster.streams(leader) if found["name"] == stream]
+    first, last = (_seconds(state[key]) for key in ("first_ts", "last_ts"))
+    return rows / (last - first)
+
+
+def _seconds(text: str) -> float:
+    """Unix seconds of a time of NATS, which has nanoseconds."""
+    whole, _, rest = text.removesuffix("Z").partition(".")
+    return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{rest or 0}")
+
+
+def uplink(cluster: Brokers, options: Any) -> tuple[float, int, float]:
+    """Return the rate of a producer with a full ring, its rows, and the cores that the uplink used."""
+    words = options.rows // options.boards
+    boards = ("--io-groups", str(options.boards), "--words-per-message", options.words, "--rate", "max")
+    with (
+        temporary_system() as line,
+        contextlib.closing(Emulator(*boards, "--count", str(words), "--lossless", "--wait-for-go", "--stay")) as board,
+    ):
+        line.launch_core()
+        ring = f"{40 * options.rows // 1_000_000 + 128}MB"
+        where = ("--stream", cluster.urls, "--stream-size", "4GiB", "--ring", ring, "--when-full", "wait")
+        producer = line.launch_producer("--pacman", *board.addresses, *where)
+        operator = line.operator()
+        line.await_kinds(operator, "producer")
+
+        def status() -> dict[str, Any]:
+            return line.status_of(operator, "producer")
+
+        until(lambda: (status().get("uplink") or {}).get("connected"), "the uplink to be connected", STEP)
+        operator.prepare_run(kind="bench").result(STEP)
+        operator.begin_run().result(STEP)
+        child = child_of(producer.popen.pid)
+        os.kill(child, signal.SIGSTOP)
+        board.go()
+        until(lambda: status()["packets"] >= options.boards * words * 0.99, "the ring to be filled", 14.0)
+        before = processor_seconds(child)
+        began = time.monotonic()
+        os.kill(child, signal.SIGCONT)
+        until(lambda: not status()["owed_blocks"], "all blocks to be at the brokers", STEP)
+        cores = (processor_seconds(child) - before) / (time.monotonic() - began)
+        operator.end_run().result(STEP)
+        until(lambda: not status()["owed_blocks"], "the end record to be at the brokers", STEP)
+    rows = sum(frame.frame.rows for _, _, message in messages(cluster) for frame in frames(message))
+    return rate(cluster, jetstream.stream_name(NAME), rows), rows, cores
+
+
+def frames(message: bytes) -> list[Any]:
+    return [frame for frame in Unpacker(NAME).unpack(message) if isinstance(frame.frame, Block)]
+
+
+def child_of(producer: int) -> int:
+    """Return the process id of a producer's uplink."""
+    children = Path(f"/proc/{producer}/task/{producer}/children").read_text().split()
+    (found,) = [pid for pid in children if b"uplink_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return int(found)
+
+
+def messages(cluster: Brokers) -> Iterator[tuple[str, str, bytes]]:
+    """Yield subject, id and data of all messages of the producer's stream."""
+
+    async def read(client: Any) -> list[Any]:
+        context = client.jetstream()
+        name = jetstream.stream_name(NAME)
+        info = await context.stream_info(name)
+        return [await context.get_msg(name, seq=n) for n in range(info.state.first_seq, info.state.last_seq + 1)]
+
+    for message in cluster.call(read, STEP):
+        yield message.subject, message.headers[ID], message.data
+
+
+def bare(cluster: Brokers, rows: int) -> float:
+    """Return the rate of a process that publishes the same messages, read from a file beforehand."""
+    with tempfile.NamedTemporaryFile(prefix="larpixdaq-bench-") as file:
+        for _, identity, data in messages(cluster):
+            file.write(_LENGTH.pack(len(identity), len(data)) + identity.encode() + data)
+        file.flush()
+        replicas = "3" if len(cluster) > 1 else "1"
+        subprocess.run(
+            [sys.executable, __file__, "publish", cluster.urls, file.name, replicas], check=True, timeout=STEP
+        )
+    return rate(cluster, "bare", rows)
+
+
+async def publish(servers: str, path: str, replicas: int) -> None:
+    """The bare client: publishes the messages of a file, with WINDOW of them in flight."""
+    import nats
+    from nats.js import api
+
+    data = Path(path).read_bytes()
+    found = []
+    at = 0
+    while at < len(data):
+        n, size = _LENGTH.unpack_from(data, at)
+        at += _LENGTH.size
+        found.append(({ID: data[at : at + n].decode()}, data[at + n : at + n + size]))
+        at += n + size
+    client = await nats.connect(list(jetstream.parse_servers(servers)), pending_size=128 << 20)
+    context = client.jetstream(publish_async_max_pending=WINDOW)
+    config = api.StreamConfig(
+        name="bare", subjects=["bare.*"], storage=api.StorageType.FILE, num_replicas=replicas, max_bytes=4 << 30,
+        discard=api.DiscardPolicy.NEW, duplicate_window=120.0, deny_delete=True,
+    )  # fmt: skip
+    await context.add_stream(config)
+    for headers, payload in found:
+        await context.publish_async("bare.1", payload, headers=headers)
+    await context.publish_async_completed()
+    await client.close()
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["publish"]:
+        asyncio.run(publish(sys.argv[2], sys.argv[3], int(sys.argv[4])))
+        return 0
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add(
+        "--brokers",
+        type=int,
+        choices=(1, 3),
+        default=1,
+        help="number of brokers, and of replicas (default %(default)d)",
+    )
+    add("--boards", type=int, default=2, metavar="N", help="number of boards (default %(default)d)")
+    add("--words", default="1000", metavar="W", help="words per message, or auto (default %(default)s)")
+    add("--rows", type=int, default=20_000_000, metavar="N", help="packets of a round (default %(default)d)")
+    add("--rounds", type=int, default=3, metavar="R", help="number of rounds (default %(default)d)")
+    options = parser.parse_args()
+    results = []
+    for _ in range(options.rounds):
+        with brokers(options.brokers) as cluster:
+            reached, rows, cores = uplink(cluster, options)
+            (state,) = [found["state"] for found in cluster.streams(0) if found["name"] == jetstream.stream_name(NAME)]
+            reference = bare(cluster, rows)
+        found = {"rows": rows, "rate": reached, "bare": reference, "ratio": reached / reference, "cores": cores,
+                 "bytes_a_row": state["bytes"] / rows, "messages": state["messages"]}  # fmt: skip
+        results.append(found)
+        if not options.json:
+            print(
+                f"{rows / 1e6:.1f} M rows in {found['messages']} messages, {found['bytes_a_row']:.2f} bytes a row: "
+                f"uplink {reached / 1e6:.1f} M/s ({cores:.2f} cores), bare {reference / 1e6:.1f} M/s, "
+                f"ratio {found['ratio']:.2f}",
+                flush=True,
+            )
+    ratio = statistics.median(each["ratio"] for each in results)
+    if options.json:
+        print(json.dumps({"brokers": options.brokers, "rounds": results, "ratio": ratio, "machine": machine()}))
+    else:
+        print(f"{options.brokers} brokers, median: ratio {ratio:.2f}; {machine()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
