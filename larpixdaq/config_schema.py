@@ -22,6 +22,9 @@ from larpixdaq.alarm_config import AlarmConfig
 #: who writes to standard input.
 _ELSEWHERE: Final = frozenset({"help", "core", "log-address", "state-dir", "insecure", "alarms", "wait-for-go"})
 
+#: Options of producers, the settings of their streams, that [brokers] may have for all producers.
+STREAM_SETTINGS: Final = ("stream-replicas", "stream-size", "stream-age")
+
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
     """A table with these keys and no others."""
@@ -39,6 +42,14 @@ class Detector(_Table, frozen=True):
         bool,
         Meta(description="use no keys: everybody who can connect can control the detector and read its data"),
     ] = False
+    stream: Annotated[
+        str,
+        Meta(
+            pattern=r"^(nats|tls)://[^\s]+$",
+            description="your own brokers, as nats://HOST[:PORT],…, that keep the stream of each producer; [brokers] "
+            "starts some (default: producers send to storages and monitors themselves)",
+        ),
+    ] = ""
 
 
 class Host(_Table, frozen=True):
@@ -118,6 +129,7 @@ class File(_Table, frozen=True):
 
     detector: Detector = Detector()
     hosts: dict[str, Host] = {}
+    brokers: dict[str, Any] | UnsetType = UNSET
     core: dict[str, Any] = {}
     log: dict[str, Any] = {}
     metrics: dict[str, Any] | UnsetType = UNSET
@@ -136,6 +148,7 @@ class Program(NamedTuple):
 
     `many`: the file has a table [TABLE.NAME] for each process, whose name is the component's. `check` raises
     LarpixDaqError for parsed options that cannot work. `ports` returns further ports at which a process listens.
+    `by_host`: the table is for a process on each of its `hosts`, from which the options in `by_host` follow.
     """
 
     module: str
@@ -144,6 +157,7 @@ class Program(NamedTuple):
     parser: Callable[[], argparse.ArgumentParser]
     check: Callable[[argparse.Namespace], object] = lambda options: None
     ports: Callable[[argparse.Namespace], list[int]] = lambda options: []
+    by_host: frozenset[str] = frozenset()
 
     @property
     def command(self) -> list[str]:
@@ -161,7 +175,7 @@ class Program(NamedTuple):
 
 def options_of(program: Program) -> dict[str, argparse.Action]:
     """Return the options of a program that its table may have, by their names without dashes."""
-    elsewhere = _ELSEWHERE | {"name"} if program.many else _ELSEWHERE
+    elsewhere = _ELSEWHERE | program.by_host | ({"name"} if program.many else set())
     return {key: action for key, action in all_options_of(program).items() if key not in elsewhere}
 
 
@@ -197,11 +211,25 @@ def _help(action: argparse.Action) -> str:
     return (action.help or "") % vars(action)
 
 
-def _table_type(program: Program) -> type[msgspec.Struct]:
+def _table_type(program: Program, programs: Sequence[Program]) -> type[msgspec.Struct]:
     """Make the type of a program's table: a field for each option, and fields that only the file has."""
     own: dict[str, tuple[Any, str]] = {
         "host": (str, "the host, by its name in [hosts.NAME] (default: that of the core, which is the first one)")
     }
+    if program.by_host:
+        own = {
+            "hosts": (
+                Annotated[list[str], Meta(min_length=1)],
+                "the hosts, one, three or five, by their names in [hosts.NAME] (default: that of the core)",
+            )
+        }
+        own |= {
+            key: (_value_type(action), f"of all producers: {_help(action)}")
+            for other in programs
+            if other.table == "producers"
+            for key, action in options_of(other).items()
+            if key in STREAM_SETTINGS
+        }
     if program.table == "producers":
         own["boards"] = (
             Annotated[list[str], Meta(min_length=1)],
@@ -224,7 +252,7 @@ def file_type(programs: Sequence[Program]) -> type[msgspec.Struct]:
     for field in msgspec.structs.fields(File):
         kind, default = field.type, field.default
         if (program := by_table.get(field.name)) is not None:
-            table = _table_type(program)
+            table = _table_type(program, programs)
             kind, default = (dict[str, table] if program.many else table) | UnsetType, UNSET  # type: ignore[valid-type]
         fields.append((field.name, kind, UNSET if default is msgspec.NODEFAULT else default))
     made = msgspec.defstruct("Detector configuration", fields, forbid_unknown_fields=True, frozen=True)

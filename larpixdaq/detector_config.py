@@ -21,6 +21,7 @@ from msgspec import UNSET
 
 from larpixdaq import config
 from larpixdaq.config_schema import (
+    STREAM_SETTINGS,
     Board,
     File,
     Program,
@@ -44,11 +45,20 @@ else:
 #: Maximum bytes of a file.
 _LARGEST: Final = 256 << 10
 #: Options of processes that name a directory which must exist.
-_DIRECTORIES: Final = ("output-dir", "routines", "ring-dir", "lock-dir")
-#: The key that counts where a table of a process does not have its own.
-_INHERITED: Final = {"host": ("core", "host"), "output-dir": ("detector", "output-dir")}
+_DIRECTORIES: Final = ("output-dir", "routines", "ring-dir", "lock-dir", "directory")
+#: The keys that count where a table of a process does not have its own, the first one that is in the file.
+_INHERITED: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
+    "host": (("core", "host"),),
+    "output-dir": (("detector", "output-dir"),),
+    "stream": (("detector", "stream"), ("brokers", "hosts"), ("brokers",)),
+    "stream-password-file": (("brokers", "password-file"),),
+    "stream-ca": (("brokers", "tls-ca"),),
+    **{key: (("brokers", key),) for key in STREAM_SETTINGS},
+}
+#: Tables of the processes that use the brokers.
+_STREAMING: Final = ("producers", "storages", "monitors")
 #: Options of a process whose default is in other tables, and not that of the program.
-_DERIVED: Final = ("address", "output-dir", "asic", "module")
+_DERIVED: Final = ("address", "output-dir", "asic", "stream", "stream-password-file", "stream-ca", *STREAM_SETTINGS)
 #: A board's address, and the port of its data where the address has none.
 _BOARD_ADDRESS: Final = re.compile(r"(?:tcp://)?(?P<host>\[[^]]*\]|[^:]+)(?::(?P<data>\d+))?")
 _BOARD_DATA_PORT: Final = 5556
@@ -168,6 +178,8 @@ class DetectorConfig:
         if not file.producers:
             raise ConfigError(f"{self.path}:1: expected a table [producers.NAME], found none")
         self.core_host = str(file.core.get("host", next(iter(self.hosts), "")))
+        self.broker_hosts = self._broker_hosts()
+        self.stream = self._stream()
         self.components = [component for program in programs for component in self._components(program)]
         self._check_names()
         self._check_boards()
@@ -182,7 +194,7 @@ class DetectorConfig:
 
     @property
     def core(self) -> Component:
-        return self.components[0]
+        return next(component for component in self.components if component.program.table == "core")
 
     def where(self, *keys: str) -> str:
         """Return `FILE:LINE` of a key, or of the innermost table around it that is in the file."""
@@ -232,6 +244,11 @@ class DetectorConfig:
 
     def _components(self, program: Program) -> Iterator[Component]:
         tables = getattr(self._file, program.table)
+        if program.by_host:
+            for host in self.broker_hosts:
+                name = f"Broker {host}".strip()
+                yield Component(program, (program.table,), tables, name, host, self._broker(host))
+            return
         if not program.many:
             if tables is UNSET:
                 return
@@ -249,8 +266,9 @@ class DetectorConfig:
             known = ", ".join(self.hosts) or "none: there is no table [hosts.NAME]"
             self.fail((*keys, "host"), f"unknown host {host!r}; the hosts are {known}")
         options = {key: value for key, value in table.items() if key not in ("host", "boards")}
-        if "module" in options_of(program) and (module := self.module(host)):
-            options.setdefault("module", module)
+        if "stream" not in table and program.table in _STREAMING:
+            actions = options_of(program)
+            options |= {key: value for key, value in self._stream_options().items() if key in actions} | options
         if program.table == "storages":
             options.setdefault("output-dir", self.detector.output_dir)
         elif program.table in ("core", "log"):
@@ -260,6 +278,59 @@ class DetectorConfig:
             if routines := [*table.get("routines", []), *self.routines.directories]:
                 options["routines"] = routines
         return Component(program, keys, table, name, host, options)
+
+    def _broker_hosts(self) -> list[str]:
+        """Return the hosts that have a broker."""
+        if self._file.brokers is UNSET:
+            return []
+        hosts: list[str] = self._file.brokers.get("hosts", [self.core_host])
+        for number, host in enumerate(hosts):
+            if host not in self.hosts and (host or self.hosts):
+                known = ", ".join(self.hosts) or "none: there is no table [hosts.NAME]"
+                self.fail(("brokers", "hosts"), f"unknown host {host!r}; the hosts are {known}")
+            if host in hosts[:number]:
+                self.fail(("brokers", "hosts"), f"host {host!r} twice")
+        if len(hosts) % 2 == 0:
+            self.fail(("brokers", "hosts"), f"expected an odd number, because a majority decides, found {len(hosts)}")
+        return hosts
+
+    def _broker(self, host: str) -> dict[str, Any]:
+        """Return the options of the broker on a host."""
+        assert self._file.brokers is not UNSET
+        options = {
+            key: value for key, value in self._file.brokers.items() if key != "hosts" and key not in STREAM_SETTINGS
+        }
+        options["server-name"] = host.replace(".", "-") or "broker"
+        options["listen"] = self._broker_address(host)
+        if len(self.broker_hosts) > 1:
+            port = options.get("cluster-port", config.CLUSTER_PORT)
+            options["peers"] = [f"{self._broker_address(other)}:{port}" for other in self.broker_hosts]
+        return options
+
+    def _broker_address(self, host: str) -> str:
+        return "127.0.0.1" if len(self.hosts) < 2 else self.host_address(host)
+
+    def _stream(self) -> str:
+        """Return the address of all brokers, as --stream takes it; empty if there are none."""
+        if not self.broker_hosts:
+            return self.detector.stream
+        if self.detector.stream:
+            self.fail(("detector", "stream"), "the brokers of [brokers] are the stream's: leave one of both out")
+        assert self._file.brokers is not UNSET
+        port = self._file.brokers.get("port", config.BROKER_PORT)
+        return "nats://" + ",".join(f"{self._broker_address(host)}:{port}" for host in self.broker_hosts)
+
+    def _stream_options(self) -> dict[str, Any]:
+        """Return the options by which components reach the brokers of the file."""
+        if not self.stream:
+            return {}
+        options = {"stream": self.stream}
+        if self._file.brokers is not UNSET:
+            table = self._file.brokers
+            keys = [("stream-password-file", "password-file"), ("stream-ca", "tls-ca")]
+            keys += [(key, key) for key in STREAM_SETTINGS]
+            options |= {option: table[key] for option, key in keys if key in table}
+        return options
 
     def _default_address(self, host: str) -> str:
         return config.LOOPBACK if len(self.hosts) < 2 else f"tcp://{self.host_address(host)}"
@@ -389,7 +460,7 @@ class DetectorConfig:
 
     def _check_options(self, component: Component, ports: dict[tuple[str, str], Keys]) -> None:
         """Check each option by its own, and then all of a process together, as its program would."""
-        actions = options_of(component.program)
+        actions = all_options_of(component.program)
         for key, value in component.options.items():
             convert = actions[key].type
             if callable(convert):
@@ -397,11 +468,16 @@ class DetectorConfig:
                     try:
                         convert(_text(one))
                     except argparse.ArgumentTypeError as error:
-                        self.fail((*component.keys, key), str(error))
+                        self.fail(self._origin(component, key), str(error))
                     except (TypeError, ValueError):
-                        self.fail((*component.keys, key), f"not a valid value: {_shown(one)}")
+                        self.fail(self._origin(component, key), f"not a valid value: {_shown(one)}")
         for port in component.program.ports(self.parsed(component)):
             self._check_port(component.host, str(port), component.keys, ports)
+
+    def _origin(self, component: Component, key: str) -> Keys:
+        """Return the keys under which the file has the value of an option."""
+        places = ((*component.keys, key), *_INHERITED.get(key, ()))
+        return next((place for place in places if place in self._lines), places[0])
 
     def _place(self, keys: Keys) -> str:
         in_file = any(keys[:length] in self._lines for length in range(1, len(keys) + 1))
@@ -516,13 +592,14 @@ class DetectorConfig:
             keys = ("routines", "directories")
         if not path.is_dir():
             self.fail(keys, f"no such directory: {path}")
-        if key != "output-dir":
+        if key not in ("output-dir", "directory"):
             return
         if not os.access(path, os.W_OK | os.X_OK):
             self.fail(keys, f"not writable: {path}")
         free = shutil.disk_usage(path).free
         if free < MIN_FREE:
-            self.fail(keys, f"the disk of {path} is full: {size(free)} left, a storage needs {size(MIN_FREE)}")
+            who = "a broker" if key == "directory" else "a storage"
+            self.fail(keys, f"the disk of {path} is full: {size(free)} left, {who} needs {size(MIN_FREE)}")
 
     # The file as it is understood.
 
@@ -531,8 +608,11 @@ class DetectorConfig:
         yield from self._lines_of(("detector",), _set(self.detector))
         for name, host in self.hosts.items():
             yield from self._lines_of(("hosts", name), {"address": name, **_set(host)})
+        shown: set[Keys] = set()
         for component in self.components:
-            yield from self._component_lines(component)
+            if component.keys not in shown:  # one table for all brokers
+                shown.add(component.keys)
+                yield from self._component_lines(component)
         for name, board in self.boards.items():
             yield from self._lines_of(("boards", name), _set(board))
         yield from self._lines_of(("routines",), _set(self.routines))
@@ -540,6 +620,8 @@ class DetectorConfig:
 
     def _component_lines(self, component: Component) -> Iterator[str]:
         values: dict[str, Any] = {"host": component.host} if component.host else {}
+        if component.program.by_host:
+            values = {"hosts": self.broker_hosts} if self.hosts else {}
         for key, action in options_of(component.program).items():
             if action.nargs == 0:
                 values[key] = False
@@ -558,7 +640,7 @@ class DetectorConfig:
             return
         yield f"[{_dotted(keys)}]"
         for key, value in values.items():
-            places = ((*keys, key), inherited.get(key, ()))
+            places = ((*keys, key), *_INHERITED.get(key, ()))
             origin = next((self.where(*place) for place in places if place in self._lines), "default")
             yield f"{key} = {_toml(value)}  # {origin}"
         yield ""

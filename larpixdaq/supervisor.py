@@ -62,6 +62,9 @@ MANY_SPAN: Final = 600.0
 CONTACT: Final = 2.0
 #: Maximum bytes of output that are searched for its last line.
 _TAIL: Final = 8 << 10
+#: What processes write that do not register with the core, when they work. A broker then still reads its stream logs,
+#: which may take minutes after it was killed.
+_READY: Final = {"emulators": b'{"ready": ', "broker": b"Starting JetStream"}
 
 
 @dataclass(eq=False)
@@ -203,7 +206,7 @@ class Supervisor:
             if process.pid and not process.registered:
                 if process.module == "core":
                     process.registered = self._answers(process.began)
-                elif process.module == "emulators":
+                elif process.module in _READY:
                     process.registered = self._is_ready(process)
                 else:
                     process.registered = registered.get(process.name) == process.pid
@@ -403,11 +406,11 @@ class Supervisor:
         return printable(lines[-1]) if lines else "without a word"
 
     def _is_ready(self, process: Process) -> bool:
-        """Return whether an emulator, which does not register with the core, has said that it is ready."""
+        """Return whether a process that does not register with the core has said that it is ready."""
         try:
             with open(self._output_path(process), "rb") as file:
                 file.seek(process.output)
-                return b'{"ready": ' in file.read(_TAIL)
+                return _READY[process.module] in file.read(_TAIL)
         except OSError:
             return False
 

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from larpixdaq import config, core, log, metrics, offline_storage, producer, run_data, supervisor, web
+from larpixdaq import broker, config, core, log, metrics, offline_storage, producer, run_data, supervisor, web
 from larpixdaq.alarm_config import AlarmConfig, parse_alarms, read_file
 from larpixdaq.config_schema import Explanation, Program, explanations, json_schema
 from larpixdaq.constants import STOP
@@ -62,6 +62,15 @@ ABORT_LIMIT = 40.0
 _LOOK: Final = 0.02
 #: The programs whose options a configuration file has, in the order of starting.
 PROGRAMS: Final = (
+    Program(
+        "broker",
+        "brokers",
+        False,
+        broker.argument_parser,
+        broker.check,
+        broker.listening_ports,
+        frozenset({"server-name", "listen", "peers"}),
+    ),
     Program("core", "core", False, core.argument_parser),
     Program("log", "log", False, log.argument_parser),
     Program("offline_storage", "storages", True, offline_storage.argument_parser),

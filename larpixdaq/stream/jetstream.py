@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import random
 import re
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from larpixdaq.errors import BrokerError, ConfigError, FileError, LarpixDaqError, UsageError, cause
+from larpixdaq.runtime.file_access import open_private
 from larpixdaq.runtime.units import duration, parse_duration, parse_size, parse_whole, size
 
 if TYPE_CHECKING:
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 PORT: Final = 4222
+#: The user of all components, at brokers with a password in a file.
+USER: Final = "larpixdaq"
+_LARGEST_PASSWORD: Final = 1024
 #: Seconds for one attempt to connect to a broker, and for an answer of JetStream.
 CONNECT_LIMIT: Final = 2.0
 API_LIMIT: Final = 2.0
@@ -184,6 +190,10 @@ def add_arguments(parser: argparse.ArgumentParser, what: str) -> None:
         help="file with the user's JWT and seed for the brokers, as `nsc` makes it",
     )  # fmt: skip
     parser.add_argument(
+        "--stream-password-file", metavar="FILE", default="",
+        help=f"file (mode 600) with the password of the user {USER} of the brokers, in one line",
+    )  # fmt: skip
+    parser.add_argument(
         "--stream-ca", metavar="FILE", default="",
         help="PEM file with the authorities that sign the certificates of the brokers",
     )  # fmt: skip
@@ -218,12 +228,34 @@ def brokers_of(options: argparse.Namespace) -> Brokers | None:
     """
     paths = (options.stream_credentials, options.stream_ca, options.stream_certificate, options.stream_key)
     if options.stream is None:
-        if any(paths):
-            raise UsageError("--stream-credentials, -ca, -certificate and -key: expected --stream with them")
+        if any(paths) or options.stream_password_file:
+            raise UsageError(
+                "--stream-password-file, -credentials, -ca, -certificate and -key: expected --stream with them"
+            )
         return None
-    brokers = Brokers(parse_servers(options.stream), *paths)
+    servers = parse_servers(options.stream)
+    if options.stream_password_file:
+        if any("@" in server for server in servers) or options.stream_credentials:
+            raise UsageError("--stream-password-file: expected no other user, password or credentials beside it")
+        login = f"{USER}:{quote(read_password(options.stream_password_file), safe='')}@"
+        servers = tuple(server.replace("://", f"://{login}", 1) for server in servers)
+    brokers = Brokers(servers, *paths)
     check_brokers(brokers)
     return brokers
+
+
+def read_password(path: str) -> str:
+    """Return the password in a private file. Raises FileError and ConfigError."""
+    try:
+        with open(open_private(Path(path), os.O_RDONLY, secret=True), "rb") as file:
+            line = file.read(_LARGEST_PASSWORD).decode("ascii", "replace").removesuffix("\n").removesuffix("\r")
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(f"password file {path}: {error.strerror}") from None
+    if not re.fullmatch(r"[!-~]{8,}", line):
+        raise ConfigError(f"password file {path}: expected one line of at least 8 ASCII characters, without spaces")
+    return line
 
 
 def check_brokers(brokers: Brokers) -> None:

@@ -291,7 +291,7 @@ def test_every_option_of_every_process_is_a_key() -> None:
         }
         table = f"{program.table}.NAME" if program.many else program.table
         missing = options - tables[table] - {"help", "core", "state-dir", "insecure", "log-address", "alarms"}
-        assert missing <= {"name", "wait-for-go"}
+        assert missing <= {"name", "wait-for-go"} | program.by_host
         assert "name" not in missing or program.many
 
 
