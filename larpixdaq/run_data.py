@@ -26,7 +26,8 @@ from larpixdaq.protocol.packed_rows import PackedRows
 from larpixdaq.protocol.reports import MonitorStatus
 from larpixdaq.protocol.stream import Block, End, FromProducer
 from larpixdaq.runtime.event_loop import Signals, run_main
-from larpixdaq.stream import Consumer
+from larpixdaq.stream import Consumer, jetstream
+from larpixdaq.stream.downlink import Downlink
 
 log = logging.getLogger("larpixdaq.run_data")  # __name__ is "__main__" in the process
 
@@ -38,7 +39,7 @@ TURN: Final = 64
 class RunData:
     """Loop of the monitor. It receives in mode "latest": producers send as many blocks as it has time for."""
 
-    def __init__(self, monitor: Monitor, node: Node, consumer: Consumer) -> None:
+    def __init__(self, monitor: Monitor, node: Node, consumer: Consumer | Downlink) -> None:
         self.monitor = monitor
         self.node = node
         self.consumer = consumer
@@ -149,6 +150,7 @@ def argument_parser() -> argparse.ArgumentParser:
         prog="larpixdaq-run-data", description="Launch the data consumer providing the online data monitor"
     )
     config.add_component_arguments(parser, DEFAULT_NAME)
+    jetstream.add_arguments(parser, "from whose streams the newest data are read, in place of the producers")
     return parser
 
 
@@ -156,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     options = argument_parser().parse_args(argv)
 
     def work() -> None:
+        brokers = jetstream.brokers_of(options)
         monitor = Monitor()
         node = Node(
             options.name,
@@ -170,7 +173,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             with Signals() as signals:
                 node.connect(signals=signals)
-                consumer = Consumer(options.name, node.session, "latest", core=node)
+                consumer: Consumer | Downlink
+                if brokers is None:
+                    consumer = Consumer(options.name, node.session, "latest", core=node)
+                else:
+                    consumer = Downlink(options.name, "latest", brokers)
                 try:
                     RunData(monitor, node, consumer).run(signals)
                 finally:

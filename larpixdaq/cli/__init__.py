@@ -23,6 +23,7 @@ _COMMANDS: Final = {
     "qc": ("qc",),
     "files": ("verify", "recover", "raw", "info"),
     "convert": ("convert",),
+    "fetch": ("fetch",),
     "tools": ("cat", "diff", "split", "merge", "export", "check-raw"),
     "plot": ("plot", "hot"),
     "snapshots": ("snapshot",),

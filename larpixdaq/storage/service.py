@@ -397,6 +397,20 @@ class StorageService:
         with self._lock:
             return [Position(*origin, following) for origin, following in self._positions.items()]
 
+    def has_run(self, run: int) -> bool:
+        """Whether this storage has prepared a run, or has files of it."""
+        if run in self._runs or run in self._infos or run in self._cancelled:
+            return True
+        try:
+            return bool(names.files_of_storage(self.directory, self.label, run))
+        except FileError:
+            return True  # rather a block too many
+
+    def newest_run(self) -> int:
+        """Return the newest run with files of this storage; 0 without any. May be called in any thread. FileError when
+        the directory cannot be read."""
+        return max((run for run, *_ in names.files_of_storage(self.directory, self.label)), default=0)
+
     # The end of a run
 
     def _seal(self, run: OpenRun, *, aborted: bool, continued: bool = False) -> None:
