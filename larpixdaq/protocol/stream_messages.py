@@ -196,13 +196,14 @@ def _split(message: memoryview, producer: str) -> Iterable[list[memoryview]]:
             raise ProtocolError(f"message of {producer}: expected a frame of 1 to {MAX_PARTS} parts, found {n}")
         begin = at + 1 + 4 * n
         if begin > len(message):
-            raise ProtocolError(f"message of {producer}: it ends at byte {len(message)}, in the lengths of a frame")
+            raise ProtocolError(
+                f"message of {producer}: expected {n} lengths of 4 bytes, found its end at byte {len(message)}"
+            )
         parts = []
         for length in struct.unpack_from(f"<{n}I", message, at + 1):
             if begin + length > len(message):
-                raise ProtocolError(
-                    f"message of {producer}: a part of {length} bytes at byte {begin} of {len(message)} bytes"
-                )
+                left = len(message) - begin
+                raise ProtocolError(f"message of {producer}: expected a part of {length} bytes, found {left}")
             parts.append(message[begin : begin + length])
             begin += length
         yield parts

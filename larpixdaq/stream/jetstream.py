@@ -46,7 +46,7 @@ _PING_INTERVAL: Final = 2
 #: Seconds in which a broker knows the id of a message again.
 _DUPLICATE_WINDOW: Final = 120.0
 #: Oldest version of a broker that has what is used here.
-_OLDEST: Final = (2, 10)
+_OLDEST: Final = (2, 11)
 #: The client holds no more than the messages in flight, so that it never waits for the network.
 _PENDING_BYTES: Final = 128 << 20
 #: Error codes of JetStream.
@@ -312,14 +312,17 @@ def _tls_context(brokers: Brokers) -> ssl.SSLContext | None:
 # Connections
 
 
-async def connect(brokers: Brokers, name: str, lost: Callable[[str], None], **options: Any) -> Client:
-    """Connect to one of the brokers, each of which is tried once, in random order.
+async def connect(
+    brokers: Brokers, name: str, lost: Callable[[str], None], *, avoid: str = "", **options: Any
+) -> Client:
+    """Connect to one of the brokers, each of which is tried once, in random order, and the one at `avoid` at last.
 
     `name`: as the brokers list the connection. `lost`: called with the reason when the connection ends, which is not
     made again. BrokerError, with the reasons of all brokers, if none can be had.
     """
     reasons: dict[str, None] = {}
-    for server in random.sample(brokers.servers, len(brokers.servers)):
+    servers = random.sample(brokers.servers, len(brokers.servers))
+    for server in sorted(servers, key=lambda server: _address(server) == avoid):
         try:
             return await _connect(brokers, server, name, lost, **options)
         except BrokerError as error:

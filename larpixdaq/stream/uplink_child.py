@@ -160,7 +160,7 @@ class Encoder:
                     self._requested.add((origin, frame.sequence))
                     return frames, frame
                 if rows is None:
-                    log.error("block %d of run %d is missing: its rows are damaged", frame.sequence, frame.run)
+                    log.error("block %d of run %d: its rows are damaged: it is missing", frame.sequence, frame.run)
                     continue
                 parts += rows  # if they are wrong again, the storages judge
             frames.append(Frame(origin, frame.following - 1, frame.following, encode(parts)))
@@ -206,6 +206,7 @@ class UplinkProcess:
         self._flight_bytes = 0
         self._failure: tuple[int, str] | None = None  # of the flight: JetStream's error code or 0, and the reason
         self._lost = ""  # why the connection has ended
+        self._last_broker = ""  # address
         #: Next sequences by origin: received; stored by the brokers; and stored when all in flight is.
         self._received: dict[Origin, int] = {}
         self._stored: dict[Origin, int] = {}
@@ -214,7 +215,7 @@ class UplinkProcess:
         self._last_id = ""  # likewise; "": not known
         self._stored_sequence = 0  # of the last acknowledged message
         self._foreign: set[int] = set()  # sequences of messages of other programs
-        self._mismatches = 0  # since the last acknowledgement
+        self._failures = 0  # failures since the last acknowledgement
         self._warned = ""
         self._consumer = Consumer(
             setup.name, setup.session, "all", core=_OwnName(setup.keys), positions=self._positions
@@ -308,7 +309,10 @@ class UplinkProcess:
             client = None
             try:
                 self._lost = ""
-                client = await jetstream.connect(self._setup.brokers, self._setup.name, self._note_lost)
+                client = await jetstream.connect(
+                    self._setup.brokers, self._setup.name, self._note_lost, avoid=self._last_broker
+                )
+                self._last_broker = client.connected_url.netloc if client.connected_url is not None else ""
                 await self._serve(client)
             except (LarpixDaqError, Error, OSError, asyncio.TimeoutError) as error:
                 self._say(self._lost or jetstream.describe(error))
@@ -353,10 +357,12 @@ class UplinkProcess:
             await self._synchronize(context)
             code, reason = await self._publish(client, context, inbox)
             stale = code in (jetstream.WRONG_LAST_ID, jetstream.WRONG_LAST_SEQUENCE, jetstream.ID_IN_PROCESS)
-            self._mismatches += 1
-            if stale and self._mismatches < 4:  # as after an election
+            self._failures += 1
+            if stale and self._failures < 4:  # as after an election
                 continue
             self.status.connected = False
+            if code == 0 and self._failures > 1:  # this broker may be cut off from the others
+                raise BrokerError(reason)
             if stale:
                 reason = f"another process publishes to the stream ({reason})"
             elif code == jetstream.STREAM_FULL:
@@ -401,7 +407,7 @@ class UplinkProcess:
         self._drop_frames(n)
         self._planned = dict(self._stored)
         self._note_fill(info.config.max_bytes, info.state.bytes)
-        if not self._mismatches or not self._frames:
+        if not self._failures or not self._frames:
             self._say_right()
 
     async def _read_positions(self, context: JetStreamContext, first: int, last: int) -> dict[Origin, int]:
@@ -448,6 +454,8 @@ class UplinkProcess:
         """Send messages as the window allows."""
         most = client.max_payload // 2
         while self._sent < len(self._frames) and len(self._in_flight) < WINDOW and self._flight_bytes < WINDOW_BYTES:
+            if self._failure is not None or self._lost:
+                return
             first = last = self._frames[self._sent]
             if len(first.data) > client.max_payload - HEADERS:
                 attempt = secrets.token_hex(4)
@@ -538,7 +546,7 @@ class UplinkProcess:
         """Take note of a stored message, after all before it."""
         identity = message.identity
         origin = identity.run, identity.epoch
-        self._mismatches = 0
+        self._failures = 0
         if not self.status.connected:
             self._say_right()
         self.status.acknowledged_messages += 1
@@ -654,7 +662,7 @@ def main(arguments: Iterable[str]) -> None:
     except ConnectionError:  # the producer has ended
         pass
     except BaseException:
-        log.exception("uplink")
+        log.exception("the uplink has failed")
         status = 1
     os._exit(status)  # without waiting for threads
 

@@ -253,9 +253,10 @@ def test_a_broker_without_jetstream(single: Brokers, tmp_path: Path) -> None:
 
 
 def random_write(line: Line, n: int) -> None:
-    """Write a block of n random rows, which cannot be packed smaller."""
+    """Write a block of n random rows, or fewer as Line.write(), which cannot be packed smaller."""
     rows = line.recorder.rows()
     assert rows is not None
+    n = min(n, len(rows))
     rows[:n] = np.frombuffer(np.random.default_rng(line.written).bytes(n * LAYOUT.dtype.itemsize), LAYOUT.dtype)
     rows["timestamp"][:n] = np.arange(line.written, line.written + n)
     rows["packet_type"][:n] = 0
