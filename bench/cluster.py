@@ -30,6 +30,7 @@ from common import STEP, argument_parser, machine, processor_seconds, temporary_
 
 from brokers import Brokers, brokers  # isort: skip  after common, which finds tests/support
 from emulated_board import Emulator
+from fake_core import Actor, storage_status
 from processes import until
 
 from larpixdaq.protocol.stream import Block
@@ -62,6 +63,7 @@ def uplink(cluster: Brokers, options: Any) -> tuple[float, int, float]:
     with (
         temporary_system() as line,
         contextlib.closing(Emulator(*boards, "--count", str(words), "--lossless", "--wait-for-go", "--stay")) as board,
+        contextlib.ExitStack() as stack,
     ):
         line.launch_core()
         ring = f"{40 * options.rows // 1_000_000 + 128}MB"
@@ -74,6 +76,8 @@ def uplink(cluster: Brokers, options: Any) -> tuple[float, int, float]:
             return line.status_of(operator, "producer")
 
         until(lambda: (status().get("uplink") or {}).get("connected"), "the uplink to be connected", STEP)
+        stack.enter_context(storage(line.core, cluster.urls).running())
+        line.await_kinds(operator, "storage")
         operator.prepare_run(kind="bench").result(STEP)
         operator.begin_run().result(STEP)
         child = child_of(producer.popen.pid)
@@ -89,6 +93,17 @@ def uplink(cluster: Brokers, options: Any) -> tuple[float, int, float]:
         until(lambda: not status()["owed_blocks"], "the end record to be at the brokers", STEP)
     rows = sum(frame.frame.rows for _, _, message in messages(cluster) for frame in frames(message))
     return rate(cluster, jetstream.stream_name(NAME), rows), rows, cores
+
+
+def storage(core: str, servers: str) -> Actor:
+    """A storage that takes part in the run and reads nothing, so that it takes no processor time."""
+    end = {"files": [], "condition": "INCOMPLETE", "rows": 0, "stored": []}
+    replies = {"prepare_run": {"file": "/data/x.h5.part", "free_bytes": 1 << 40}, "begin_run": {}, "end_run": end,
+               "abort_run": end, "cancel_run": {}}  # fmt: skip
+    info = {"directory": "/data", "highest_run": 0, "free_bytes": 1 << 40, "brokers": servers}
+    actor = Actor(core, "Offline storage", "storage", info, replies)
+    actor.status = storage_status()
+    return actor
 
 
 def frames(message: bytes) -> list[Any]:

@@ -176,6 +176,7 @@ class Producer:
             },
             info={
                 "stream": [stream.address, stream.key],
+                "brokers": "" if uplink is None else uplink.status().brokers,
                 "epoch": self.epoch,
                 "layout": self.layout.code,
                 "asic": options.asic,

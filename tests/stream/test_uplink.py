@@ -302,21 +302,27 @@ def test_a_full_stream_takes_no_more_until_storages_have_it(single: Brokers, tmp
                     frames.extend(unpacker.unpack(message.data))
                     await message.ack()
 
-        for _ in range(20):
-            random_write(made.line, 8000)
-            made.work()
-        problem = made.until_problem("the stream is full")
-        assert "no storage reads it" in problem
-        assert made.line.publisher.pending()
-        single.call(take)
-        made.until_stored()
-        for _ in range(20):
-            random_write(made.line, 8000)
-            made.work()
-        made.until_problem("the stream is full")
-        single.call(take)
+        def write(rows: int) -> None:
+            wanted = made.line.written + rows
+            while made.line.written < wanted:
+                random_write(made.line, 8000)
+                made.work()
+
+        def drain() -> None:
+            deadline = time.monotonic() + 60
+            while made.line.publisher.pending():
+                assert time.monotonic() < deadline, made.uplink.status()
+                single.call(take)
+                for _ in range(20):
+                    made.work()
+
+        write(250_000)  # 7 MB
+        assert "no storage reads it" in made.until_problem("the stream is full")
+        drain()
+        write(250_000)
+        assert "the storage first has none of it" in made.until_problem("the stream is full")
         made.line.end()
-        made.until_stored()
+        drain()
         made.until(lambda: not made.uplink.status().problem, "no problem")
         assert made.uplink.status().fill is not None
         single.call(take)

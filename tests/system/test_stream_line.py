@@ -11,6 +11,7 @@ from typing import Any
 
 from brokers import Brokers, brokers
 from emulated_board import Emulator
+from fake_core import Actor, storage_status
 from jetstream_frames import check, frames_of
 from processes import LIMIT, until
 from system import System, system
@@ -20,6 +21,17 @@ from larpixdaq.operator import Operator
 from larpixdaq.protocol.stream import End
 
 NAME = "LArPix board"
+
+
+def storage(core: str, brokers: str) -> Actor:
+    """A storage that says that it reads the brokers, and stores nothing."""
+    end = {"files": [], "condition": "INCOMPLETE", "rows": 0, "stored": []}
+    replies = {"prepare_run": {"file": "/data/x.h5.part", "free_bytes": 1 << 40}, "begin_run": {}, "end_run": end,
+               "abort_run": end, "cancel_run": {}}  # fmt: skip
+    info = {"directory": "/data", "highest_run": 0, "free_bytes": 1 << 40, "brokers": brokers}
+    actor = Actor(core, "Offline storage", "storage", info, replies)
+    actor.status = storage_status()
+    return actor
 
 
 class Run:
@@ -67,9 +79,12 @@ def test_a_run_survives_killed_processes_and_brokers(tmp_path: Path) -> None:
         brokers(1) as cluster,
         system(tmp_path) as line,
         contextlib.closing(Emulator(*options)) as board,
+        contextlib.ExitStack() as stack,
     ):
         run = Run(line, cluster, board)
+        stack.enter_context(storage(line.core, cluster.urls).running())
         operator = run.operator
+        line.await_kinds(operator, "storage")
         number = operator.prepare_run().result(LIMIT)["run"]
         operator.begin_run().result(LIMIT)
         board.go()
