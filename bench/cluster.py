@@ -20,11 +20,8 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import STEP, argument_parser, machine, processor_seconds, temporary_system
 
@@ -39,25 +36,31 @@ from larpixdaq.stream import jetstream
 from larpixdaq.stream.uplink_child import WINDOW
 
 NAME = "LArPix board"
+#: Minimum bytes of a large message.
+LARGE = 100_000
 _LENGTH = struct.Struct("<II")
 
 
-def rate(cluster: Brokers, stream: str, rows: int) -> float:
-    """Return rows/s from the first to the last message of a stream, by the clock of its leader."""
-    leader = cluster.leader_of(stream) if len(cluster) > 1 else 0
-    (state,) = [found["state"] for found in cluster.streams(leader) if found["name"] == stream]
-    first, last = (_seconds(state[key]) for key in ("first_ts", "last_ts"))
-    return rows / (last - first)
+class Message(NamedTuple):
+    """A message of a stream; `time`: unix seconds, by the clock of the broker that leads the stream."""
+
+    identity: str
+    data: bytes
+    time: float
+
+    @property
+    def rows(self) -> int:
+        return sum(frame.frame.rows for frame in Unpacker(NAME).unpack(self.data) if isinstance(frame.frame, Block))
 
 
-def _seconds(text: str) -> float:
-    """Unix seconds of a time of NATS, which has nanoseconds."""
-    whole, _, rest = text.removesuffix("Z").partition(".")
-    return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{rest or 0}")
+def rate(messages: list[Message]) -> float:
+    """Return rows/s from the first to the last large message, because small ones are of the run's begin and end."""
+    large = [message for message in messages if len(message.data) >= LARGE]
+    return sum(message.rows for message in large[1:]) / (large[-1].time - large[0].time)
 
 
-def uplink(cluster: Brokers, options: Any) -> tuple[float, int, float]:
-    """Return the rate of a producer with a full ring, its rows, and the cores that the uplink used."""
+def uplink(cluster: Brokers, options: Any) -> float:
+    """Let a producer with a full ring publish. Returns the processor seconds of its uplink."""
     words = options.rows // options.boards
     boards = ("--io-groups", str(options.boards), "--words-per-message", options.words, "--rate", "max")
     with (
@@ -85,14 +88,12 @@ def uplink(cluster: Brokers, options: Any) -> tuple[float, int, float]:
         board.go()
         until(lambda: status()["packets"] >= options.boards * words * 0.99, "the ring to be filled", 14.0)
         before = processor_seconds(child)
-        began = time.monotonic()
         os.kill(child, signal.SIGCONT)
         until(lambda: not status()["owed_blocks"], "all blocks to be at the brokers", STEP)
-        cores = (processor_seconds(child) - before) / (time.monotonic() - began)
+        used = processor_seconds(child) - before
         operator.end_run().result(STEP)
         until(lambda: not status()["owed_blocks"], "the end record to be at the brokers", STEP)
-    rows = sum(frame.frame.rows for _, _, message in messages(cluster) for frame in frames(message))
-    return rate(cluster, jetstream.stream_name(NAME), rows), rows, cores
+    return used
 
 
 def storage(core: str, servers: str) -> Actor:
@@ -106,10 +107,6 @@ def storage(core: str, servers: str) -> Actor:
     return actor
 
 
-def frames(message: bytes) -> list[Any]:
-    return [frame for frame in Unpacker(NAME).unpack(message) if isinstance(frame.frame, Block)]
-
-
 def child_of(producer: int) -> int:
     """Return the process id of a producer's uplink."""
     children = Path(f"/proc/{producer}/task/{producer}/children").read_text().split()
@@ -117,30 +114,31 @@ def child_of(producer: int) -> int:
     return int(found)
 
 
-def messages(cluster: Brokers) -> Iterator[tuple[str, str, bytes]]:
-    """Yield subject, id and data of all messages of the producer's stream."""
+def read(cluster: Brokers, stream: str) -> list[Message]:
+    """Return all messages of a stream."""
 
-    async def read(client: Any) -> list[Any]:
+    async def ask(client: Any) -> list[Message]:
         context = client.jetstream()
-        name = jetstream.stream_name(NAME)
-        info = await context.stream_info(name)
-        return [await context.get_msg(name, seq=n) for n in range(info.state.first_seq, info.state.last_seq + 1)]
+        info = await context.stream_info(stream)
+        found = []
+        for n in range(info.state.first_seq, info.state.last_seq + 1):
+            message = await context.get_msg(stream, seq=n)
+            found.append(Message(message.headers[ID], message.data, message.time.timestamp()))
+        return found
 
-    for message in cluster.call(read, STEP):
-        yield message.subject, message.headers[ID], message.data
+    found: list[Message] = cluster.call(ask, STEP)
+    return found
 
 
-def bare(cluster: Brokers, rows: int) -> float:
-    """Return the rate of a process that publishes the same messages, read from a file beforehand."""
+def bare(cluster: Brokers, messages: list[Message]) -> float:
+    """Return the rate of a process that publishes the same messages, which it has in memory."""
     with tempfile.NamedTemporaryFile(prefix="larpixdaq-bench-") as file:
-        for _, identity, data in messages(cluster):
+        for identity, data, _ in messages:
             file.write(_LENGTH.pack(len(identity), len(data)) + identity.encode() + data)
         file.flush()
-        replicas = "3" if len(cluster) > 1 else "1"
-        subprocess.run(
-            [sys.executable, __file__, "publish", cluster.urls, file.name, replicas], check=True, timeout=STEP
-        )
-    return rate(cluster, "bare", rows)
+        command = [sys.executable, __file__, "publish", cluster.urls, file.name, str(len(cluster))]
+        subprocess.run(command, check=True, timeout=STEP)
+    return rate(read(cluster, "bare"))
 
 
 async def publish(servers: str, path: str, replicas: int) -> None:
@@ -190,17 +188,18 @@ def main() -> int:
     results = []
     for _ in range(options.rounds):
         with brokers(options.brokers) as cluster:
-            reached, rows, cores = uplink(cluster, options)
-            (state,) = [found["state"] for found in cluster.streams(0) if found["name"] == jetstream.stream_name(NAME)]
-            reference = bare(cluster, rows)
-        found = {"rows": rows, "rate": reached, "bare": reference, "ratio": reached / reference, "cores": cores,
-                 "bytes_a_row": state["bytes"] / rows, "messages": state["messages"]}  # fmt: skip
+            used = uplink(cluster, options)
+            messages = read(cluster, jetstream.stream_name(NAME))
+            reached, reference = rate(messages), bare(cluster, messages)
+        rows, size = sum(message.rows for message in messages), sum(len(message.data) for message in messages)
+        found = {"rows": rows, "rate": reached, "bare": reference, "ratio": reached / reference,
+                 "ns_a_row": 1e9 * used / rows, "bytes_a_row": size / rows, "messages": len(messages)}  # fmt: skip
         results.append(found)
         if not options.json:
             print(
-                f"{rows / 1e6:.1f} M rows in {found['messages']} messages, {found['bytes_a_row']:.2f} bytes a row: "
-                f"uplink {reached / 1e6:.1f} M/s ({cores:.2f} cores), bare {reference / 1e6:.1f} M/s, "
-                f"ratio {found['ratio']:.2f}",
+                f"{rows / 1e6:.1f} M rows in {len(messages)} messages, {size / rows:.2f} bytes a row: uplink "
+                f"{reached / 1e6:.1f} M/s ({found['ns_a_row']:.0f} ns of its process a row), bare "
+                f"{reference / 1e6:.1f} M/s, ratio {found['ratio']:.2f}",
                 flush=True,
             )
     ratio = statistics.median(each["ratio"] for each in results)

@@ -43,6 +43,8 @@ from larpixdaq.protocol.stream import (
 log = logging.getLogger(__name__)
 #: Maximum bytes of rows on their way to a storage without acknowledgement.
 WINDOW = 16 << 20
+#: The same for a child of the producer while it reads the ring: nothing is on its way then, and it waits for brokers.
+CHILD_WINDOW = 48 << 20
 #: Seconds without a frame after which a subscriber is dropped and must say HELLO again, if all frames were taken.
 SILENT_AFTER = 1.0
 #: Seconds between two looks for subscribers and storages that are silent.
@@ -100,6 +102,7 @@ class Subscriber:
     #: "all": (run, epoch) -> (sequence, bytes) of the blocks that were sent and not acknowledged yet.
     in_flight: dict[tuple[int, int], deque[tuple[int, int]]] = field(default_factory=dict)
     flight_bytes: int = 0
+    child: bool = False  # a child process of the producer
     maps: bool = False  # it reads this producer's ring itself
     packs: bool = False  # rows are sent packed
 
@@ -388,6 +391,7 @@ class Publisher:
             self._refuse(route, f"{len(self.subscribers)} consumers have subscribed, more are not served")
             return
         subscriber = Subscriber(route, hello.name, hello.mode, self._clock(), hello.positions)
+        subscriber.child = hello.name in self._children
         for store in self.stores:
             self._note_positions(subscriber, store)
         ring = str(self.own.ring_file.path.absolute()) if self.own.ring_file is not None else ""
@@ -436,7 +440,9 @@ class Publisher:
             return True
         cursor = max(cursor, segment.position(subscriber.name), store.tail)
         in_flight = subscriber.in_flight.setdefault((segment.run, store.epoch), deque())
-        while cursor < end and subscriber.flight_bytes < WINDOW:
+        lends = subscriber.child and subscriber.maps and store is self.own and store.can_lend()
+        window = CHILD_WINDOW if lends else WINDOW
+        while cursor < end and subscriber.flight_bytes < window:
             block = store.get(cursor)
             if block is None or (
                 block.header and not self._send_block(subscriber, store, cursor, block, segment.layout)

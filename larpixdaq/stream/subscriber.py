@@ -227,12 +227,15 @@ class Consumer:
             self._rests = rests
             self._waker.wake()
 
-    def acknowledge(self, origin: BlockOrigin, following: int) -> None:
-        """Mode "all": acknowledge all blocks of `origin` below sequence `following`, which are durable."""
+    def acknowledge(self, origin: BlockOrigin, following: int, *, at_once: bool = False) -> None:
+        """Mode "all": acknowledge all blocks of `origin` below sequence `following`, which are durable.
+
+        `at_once`: without waiting for more, because many of them may fill the window.
+        """
         name = origin.producer
         with self._lock:
             self._acks.setdefault(name, {})[origin.run, origin.epoch] = following
-        if name in self._ended or self._taken[name] - self._acknowledged[name] >= ACK_BYTES:
+        if at_once or name in self._ended or self._taken[name] - self._acknowledged[name] >= ACK_BYTES:
             self._acknowledged[name] = self._taken[name]
             self._waker.wake()
 

@@ -73,6 +73,8 @@ WINDOW_BYTES: Final = 16 << 20
 MAX_WAITING: Final = 64 << 20
 #: Maximum blocks that are packed at a time.
 BATCH: Final = 8
+#: Bytes of a message from which on its blocks are acknowledged to the producer at once.
+ACK_BYTES: Final = 64 << 10
 #: Seconds without an acknowledgement after which the end of the stream is read, which does no harm if it is too early.
 ACK_LIMIT: Final = 3.0
 #: Seconds for which the end of the stream is asked for on one connection, before another broker is tried.
@@ -290,9 +292,10 @@ class UplinkProcess:
         self._frames.append(frame)
         self._waiting_bytes += len(frame.data)
 
-    def _acknowledge(self, origin: Origin) -> None:
+    def _acknowledge(self, origin: Origin, *, at_once: bool = False) -> None:
         """Tell the producer what the brokers have."""
-        self._consumer.acknowledge(BlockOrigin(origin[0], self._setup.producer, origin[1]), self._stored[origin])
+        run, epoch = origin
+        self._consumer.acknowledge(BlockOrigin(run, self._setup.producer, epoch), self._stored[origin], at_once=at_once)
 
     def _drop_frames(self, n: int) -> None:
         for _ in range(n):
@@ -561,7 +564,7 @@ class UplinkProcess:
             stored[origin] = identity.next
             _limit(stored)
             self._stored = stored
-            self._acknowledge(origin)
+            self._acknowledge(origin, at_once=message.bytes > ACK_BYTES)
 
     # Room in the stream
 
