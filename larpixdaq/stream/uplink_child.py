@@ -257,30 +257,39 @@ class UplinkProcess:
         ]
 
     async def _read(self) -> None:
-        """Take frames from the producer, and encode them."""
+        """Take frames from the producer and encode them, the next batch while the last one is taken over."""
         loop = asyncio.get_running_loop()
+        before: asyncio.Future[tuple[list[Frame], Block | None]] | None = None
         while True:
-            batch: list[Received] = []
-            while len(batch) < BATCH and (received := self._consumer.next()) is not None:
-                if isinstance(received[1], Block | End):
-                    batch.append(received)
-            if not batch:
+            batch = self._next_batch()
+            after = loop.run_in_executor(self._thread, self._encoder.encode, batch) if batch else None
+            if before is not None:
+                frames, damaged = await before
+                for frame in frames:
+                    self._take(frame)
+                self._news.set()
+                if damaged is not None:
+                    log.warning(
+                        "block %d of run %d: its rows do not fit their CRC-32: requested again",
+                        damaged.sequence, damaged.run,
+                    )  # fmt: skip
+                    if after is not None:
+                        await after  # and nothing of it is taken, because it would follow a gap
+                        after = None
+                    self._consumer.resubscribe(send_rows=True)
+            elif after is None:
                 await _readable(self._consumer.fileno())
-                continue
-            frames, damaged = await loop.run_in_executor(self._thread, self._encoder.encode, batch)
-            for frame in frames:
-                self._take(frame)
-            self._news.set()
-            if damaged is not None:
-                log.warning(
-                    "block %d of run %d: its rows do not fit their CRC-32: requested again",
-                    damaged.sequence,
-                    damaged.run,
-                )
-                self._consumer.resubscribe(send_rows=True)
+            before = after
             while self._waiting_bytes > MAX_WAITING:
                 self._room.clear()
                 await self._room.wait()
+
+    def _next_batch(self) -> list[Received]:
+        batch: list[Received] = []
+        while len(batch) < BATCH and (received := self._consumer.next()) is not None:
+            if isinstance(received[1], Block | End):
+                batch.append(received)
+        return batch
 
     def _take(self, frame: Frame) -> None:
         if frame.following <= self._received.get(frame.origin, 0):  # it came again
@@ -651,6 +660,7 @@ def main(arguments: Iterable[str]) -> None:
         return
     setup = setup_decoder.decode(data)
     sock.setblocking(False)
+    sys.setswitchinterval(0.0005)  # because three threads take turns within the time of a block
     logger = logging.getLogger("larpixdaq")
     logger.setLevel(logging.INFO)
     logger.addHandler(_ToParent(sock))
