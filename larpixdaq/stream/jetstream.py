@@ -513,6 +513,8 @@ def _is_unanswered(error: APIError) -> bool:
 
 def meaning(code: int, description: str) -> str:
     """Return the meaning of an error code of JetStream, or its `description` by the broker, with the code."""
+    if code == STREAM_FULL and "maximum" not in description:
+        return f"a broker cannot store messages: {cause(Exception(description))} (error {code})"
     return f"{_MEANINGS.get(code) or cause(Exception(description))} (error {code})"
 
 

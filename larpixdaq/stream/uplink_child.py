@@ -368,6 +368,7 @@ class UplinkProcess:
         while True:
             await self._synchronize(context)
             code, reason = await self._publish(client, context, inbox)
+            full = code == jetstream.STREAM_FULL and "is full" in reason  # else its disk is, or has failed
             stale = code in (jetstream.WRONG_LAST_ID, jetstream.WRONG_LAST_SEQUENCE, jetstream.ID_IN_PROCESS)
             self._failures += 1
             if stale and self._failures < 4:  # as after an election
@@ -377,8 +378,10 @@ class UplinkProcess:
                 raise BrokerError(reason)
             if stale:
                 reason = f"another process publishes to the stream ({reason})"
-            elif code == jetstream.STREAM_FULL:
-                reason = await self._make_room(context, LOW) or reason
+            elif full:
+                reason = await self._make_room(context, LOW)
+                if not reason:
+                    continue
             self._say(reason)
             await asyncio.sleep(RETRY_INTERVAL)
 
