@@ -59,7 +59,7 @@ from larpixdaq.sources.data_quality import Watch
 from larpixdaq.sources.source import BoardStatus, Source
 from larpixdaq.stream import jetstream
 from larpixdaq.stream.publisher import bind_stream, stream_router
-from larpixdaq.stream.uplink import Uplink
+from larpixdaq.stream.uplink import Uplink, uplink_name
 from larpixdaq.version import VERSION
 
 log = logging.getLogger("larpixdaq.producer")  # __name__ is "__main__" in the process
@@ -201,6 +201,7 @@ class Producer:
     def run(self, signals: Signals) -> None:
         """Read, record and serve until a signal comes."""
         self.node.connect(signals=signals)
+        self._warn_of_inherited()
         poller, resting = zmq.Poller(), zmq.Poller()
         requests, child, spool = self.node.fileno(), self.child.fileno(), self.delivery.fileno()
         for readable in (signals.fileno(), requests, child):
@@ -248,6 +249,17 @@ class Producer:
             self.node.report(self.readout.batches + self.publisher.freed, 0)
             if rest:
                 self._sleep(rest, resting)
+
+    def _warn_of_inherited(self) -> None:
+        """Log which consumers of a predecessor's blocks do not come to this producer, because only one of both has
+        --stream."""
+        own = uplink_name(self.name)
+        waiting = {name for name in self.publisher.required() if (name == own) != (self.uplink is not None)}
+        if waiting:
+            log.warning(
+                "%s: blocks of its predecessor wait for %s, who take them from a producer %s --stream only",
+                self.name, ", ".join(sorted(waiting)), "with" if self.uplink is None else "without",
+            )  # fmt: skip
 
     def _rest(self) -> int:
         """Milliseconds without reading after a turn in which there were data."""

@@ -385,7 +385,7 @@ class Publisher:
             self._drop(other)
             if other.route != route:
                 self._refuse(other.route, "superseded")
-        if len(self.subscribers) >= MAX_SUBSCRIBERS and hello.name not in self._required():
+        if len(self.subscribers) >= MAX_SUBSCRIBERS and hello.name not in self.required():
             if self._admission is not None:
                 self._admission.door.limits.reached(hello.name, f"{MAX_SUBSCRIBERS} consumers")
             self._refuse(route, f"{len(self.subscribers)} consumers have subscribed, more are not served")
@@ -399,7 +399,7 @@ class Publisher:
             self.subscribers[route] = subscriber
             log.debug("%s has subscribed (%s)", hello.name, hello.mode)
 
-    def _required(self) -> set[str]:
+    def required(self) -> set[str]:
         """The names of all required storages."""
         return {name for store in self.stores for segment in store.segments for name in segment.required}
 
@@ -560,7 +560,7 @@ class Publisher:
         connected = {subscriber.name for subscriber in self.subscribers.values() if subscriber.mode == "all"}
         now = self._clock()
         idle: dict[str, tuple[int, float]] = {}
-        for name in self._required():
+        for name in self.required():
             segments = [segment for store in self.stores for segment in store.segments if name in segment.required]
             done = sum(segment.position(name) for segment in segments)
             behind = any(segment.position(name) < max(map(segment.position, segment.required)) for segment in segments)

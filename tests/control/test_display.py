@@ -154,6 +154,25 @@ def test_packets_after_a_run_are_shown_with_its_number():
     ]
 
 
+def test_what_a_producer_has_at_the_brokers():
+    def status(**uplink):
+        found = BOARD | {"run": None, "unknown": 0, "owed_blocks": 0, "finished": False, "uplink": uplink}
+        return {"state": "STOP", "components": [component("A", "producer", {"source": "x"}, found)]}
+
+    counts = {"messages": 12, "bytes": 2_000_000, "acknowledged_messages": 10, "acknowledged_bytes": 1_500_000}
+    good = status(connected=True, fill=0.25, **counts)
+    assert display.status_lines(good)[1].endswith(
+        "; 10 messages (1.5 MB) at the brokers, 2 on their way; their stream 25% full"
+    )
+    assert not display.needs_attention(good)
+    bad = status(problem="no broker: a:4222: connection refused", lost_messages=3, **counts)
+    assert display.status_lines(bad)[1].endswith(
+        "; 10 messages (1.5 MB) at the brokers; NOT PUBLISHING: no broker: a:4222: connection refused; "
+        "3 messages lost by the brokers"
+    )
+    assert display.needs_attention(bad)
+
+
 def test_an_unknown_number_of_stored_rows_is_called_unknown():
     last = {"run": 3, "condition": "INTERRUPTED", "stored": None, "files": [], "reasons": ["disk: has not reported"]}
     assert display.status_lines({"state": "STOP", "last_run": last, "components": []})[1] == (
