@@ -216,6 +216,7 @@ class UplinkProcess:
         self._last_sequence = 0  # of the stream, when all in flight is stored
         self._last_id = ""  # likewise; "": not known
         self._stored_sequence = 0  # of the last acknowledged message
+        self._acknowledged_at = 0.0  # monotonic
         self._foreign: set[int] = set()  # sequences of messages of other programs
         self._failures = 0  # failures since the last acknowledgement
         self._warned = ""
@@ -459,8 +460,10 @@ class UplinkProcess:
                 await self._look(context)
             until = look_at
             if self._in_flight:
-                until = min(until, self._in_flight[0].sent_at + ACK_LIMIT)
-                if now >= self._in_flight[0].sent_at + ACK_LIMIT:
+                # Since the last acknowledgement, because a slow disk may need longer for all messages in flight.
+                limit = max(self._in_flight[0].sent_at, self._acknowledged_at) + ACK_LIMIT
+                until = min(until, limit)
+                if now >= limit:
                     return 0, f"no acknowledgement of the brokers for {ACK_LIMIT:g} s"
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._news.wait(), max(0.0, until - now))
@@ -562,6 +565,7 @@ class UplinkProcess:
         identity = message.identity
         origin = identity.run, identity.epoch
         self._failures = 0
+        self._acknowledged_at = time.monotonic()
         if not self.status.connected:
             self._say_right()
         self.status.acknowledged_messages += 1
