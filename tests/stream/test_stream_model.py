@@ -173,7 +173,7 @@ class Gate(Admission):
     def __init__(self, wire: Wire) -> None:
         self.door = Door(wire)  # type: ignore[assignment]
         self._has_pair, self.insecure = True, False
-        self._names = {}
+        self._names, self._children = {}, {}
 
 
 class Disk:
