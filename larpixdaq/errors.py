@@ -10,6 +10,7 @@ LarpixDaqError
 │   └── ChecksumError      rows differ from those that were sent
 ├── RingError          the ring cannot be made or used
 ├── BrokerError        the brokers of JetStream do not answer or refuse
+├── RevisionConflict   another process has written this entry of a bucket of the brokers
 ├── NoCore             no core answers
 ├── RequestError       the core or a component refused or failed
 │   ├── StateError         not allowed in this run state
@@ -69,6 +70,10 @@ class BrokerError(LarpixDaqError):
     def __init__(self, text: str, code: int = 0) -> None:
         super().__init__(text)
         self.code = code
+
+
+class RevisionConflict(LarpixDaqError):
+    pass
 
 
 class NoCore(LarpixDaqError):
