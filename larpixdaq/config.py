@@ -60,6 +60,14 @@ def address(text: str, default_port: int) -> str:
     return f"tcp://{host}:{default_port if port is None else port}"
 
 
+def core_addresses(text: str) -> str:
+    """Return the ZeroMQ addresses of one core, or of several that take over from each other, with commas between them.
+
+    Raises UsageError.
+    """
+    return ",".join(dict.fromkeys(address(one.strip(), CORE_PORT) for one in text.split(",")))
+
+
 def is_ipv6(full: str) -> bool:
     """Return whether the host of a ZeroMQ address is an IPv6 literal. Host names are looked up as IPv4."""
     return full.startswith("tcp://[")
@@ -102,7 +110,12 @@ def with_ip_address(full: str) -> str:
 
 
 def interface_towards(core: str) -> str:
-    """Return the IP address of this machine's interface towards the core, 127.0.0.1 for a core on this machine."""
+    """Return the IP address of this machine's interface towards the core, 127.0.0.1 for a core on this machine.
+
+    Of several cores, towards the first one that is not at 127.0.0.1.
+    """
+    addresses = core.split(",")
+    core = next((one for one in addresses if not is_loopback(one)), addresses[0])
     if core.startswith(("ipc://", "inproc://")):
         return "127.0.0.1"
     host = _ip(_split(core)[0], core).strip("[]")
@@ -189,7 +202,8 @@ def add_core_argument(parser: argparse.ArgumentParser) -> None:
         default=LOOPBACK,
         metavar="ADDRESS",
         help="The address of the DAQ Core, not including port number "
-        f"(default %(default)s; a port that is given replaces {CORE_PORT})",
+        f"(default %(default)s; a port that is given replaces {CORE_PORT}); with a second core that takes over, both: "
+        "ADDRESS,ADDRESS",
     )
 
 

@@ -131,6 +131,7 @@ class File(_Table, frozen=True):
     hosts: dict[str, Host] = {}
     brokers: dict[str, Any] | UnsetType = UNSET
     core: dict[str, Any] = {}
+    standby: dict[str, Any] | UnsetType = UNSET
     log: dict[str, Any] = {}
     metrics: dict[str, Any] | UnsetType = UNSET
     storages: dict[str, dict[str, Any]] | UnsetType = UNSET

@@ -1,5 +1,7 @@
 """The core: knows the components, owns run state and run number, and passes on the requests of Operators."""
 
+from __future__ import annotations
+
 import sys
 
 if __spec__ is None and sys.path[0].endswith("larpixdaq"):
@@ -12,8 +14,9 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 import zmq
@@ -28,7 +31,8 @@ from larpixdaq.control.log_shipping import LogShipper
 from larpixdaq.control.registry import Component, Control, NameTaken, OperatorPeer, Peer, Registry, TooMany
 from larpixdaq.control.request_router import CoreActions, RequestRouter
 from larpixdaq.control.run_control import RunControl
-from larpixdaq.errors import ConfigError, FileError, NotAllowed, ProtocolError, RequestError
+from larpixdaq.control.shared_catalogue import SharedCatalogue
+from larpixdaq.errors import ConfigError, FileError, NotAllowed, ProtocolError, RequestError, UsageError
 from larpixdaq.keys import credentials
 from larpixdaq.keys.credentials import Credentials
 from larpixdaq.keys.curve import Doorkeeper, receive
@@ -60,7 +64,11 @@ from larpixdaq.protocol.control import (
 from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.runtime.file_access import state_dir
 from larpixdaq.runtime.timing import wait_ms
+from larpixdaq.stream import jetstream
 from larpixdaq.version import VERSION
+
+if TYPE_CHECKING:
+    from larpixdaq.stream.lease import Bucket, Lease
 
 _log = logging.getLogger("larpixdaq.core")
 #: Maximum seconds of one turn of the loop for received messages.
@@ -88,6 +96,22 @@ _ALARM_LIMIT: Final = 1.0
 _RETURN: Final = 5.0
 #: Seconds between two checks that run catalogue and connection file were not removed.
 _FILES_INTERVAL: Final = 1.0
+#: Seconds of the lease of a core, because elections of the brokers take up to 9. Milliseconds between two looks at it,
+#: and seconds for which a core without --standby waits for the lease of a core that may have died.
+_LEASE: Final = 10.0
+_LEASE_INTERVAL: Final = 50
+_LEASE_WAIT: Final = _LEASE + 2.0
+
+
+class Shared(NamedTuple):
+    """The lease of a core that is not the only one, its bucket, and the term in which the core was started."""
+
+    bucket: Bucket
+    lease: Lease
+    term: int
+
+    def is_held(self) -> bool:
+        return self.lease.term == self.term
 
 
 def _endpoint(component: Component, name: str) -> Endpoint | None:
@@ -101,7 +125,8 @@ def _endpoint(component: Component, name: str) -> Endpoint | None:
 class Core:
     """The core, with its ROUTER at `address`; LarpixDaqError if it cannot start.
 
-    `address` has a port (0: any free port). `log_address` is used while no log is registered; "": no log.
+    `address` has a port (0: any free port). `log_address` is used while no log is registered; "": no log. `shared`: the
+    lease that this core holds, because others may take it over.
     """
 
     def __init__(
@@ -112,8 +137,10 @@ class Core:
         *,
         insecure: bool = False,
         alarms: AlarmConfig | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self._insecure = insecure
+        self._shared = shared
         self._log_address = log_address
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -124,7 +151,7 @@ class Core:
         config.close_dead_connections(self._router, config.DEAD_CONNECTION)
         with contextlib.ExitStack() as undo:
             undo.callback(self._context.destroy, 0)
-            self._catalogue = Catalogue(directory)
+            self._catalogue = Catalogue(directory) if shared is None else SharedCatalogue(directory, shared.bucket)
             undo.callback(self._catalogue.close)
             self._keys = None if insecure else KeyStore(directory)
             pair = self._keys.server if self._keys is not None else None
@@ -231,14 +258,36 @@ class Core:
         self._catalogue.close()
 
     def serve(self, signals: Signals) -> None:
-        """Run the loop until a signal comes."""
+        """Run the loop until a signal comes, or another core has the lease."""
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._door.socket, zmq.POLLIN)
         poller.register(signals.fileno(), zmq.POLLIN)
+        shared = self._shared
         while not signals.stop:
             poller.poll(self._timeout(time.monotonic()))
+            if shared is not None and not shared.is_held() and not self._await_lease(signals, shared):
+                return
             self.turn()
+
+    def _await_lease(self, signals: Signals, shared: Shared) -> bool:
+        """Stand still until the lease is renewed. Returns False if another core has it, or a signal has come.
+
+        Messages wait in the socket, as in any other pause of the core.
+        """
+        problem = shared.lease.problem or "its lease was not renewed in time"
+        _log.error(
+            "the core does nothing until the brokers answer, because another core may have taken over: %s", problem
+        )
+        poller = zmq.Poller()
+        poller.register(signals.fileno(), zmq.POLLIN)
+        while not signals.stop and shared.lease.is_own:
+            self._ship()
+            if shared.is_held():
+                _log.warning("the core goes on: the brokers answer again, and no other core has taken over")
+                return True
+            poller.poll(_LEASE_INTERVAL)
+        return False
 
     def _timeout(self, now: float) -> int:
         """Return the milliseconds until turn() is due without a message."""
@@ -521,7 +570,9 @@ class Core:
         return self._send(peer.route, message)
 
     def _send(self, route: bytes, message: FromCore) -> bool:
-        """Send without waiting. Returns False if the peer has gone or its queue is full."""
+        """Send without waiting. Returns False if the peer has gone or its queue is full, or if the lease is over."""
+        if self._shared is not None and not self._shared.is_held():
+            return False
         try:
             self._router.send_multipart([route, pack(message)], zmq.NOBLOCK)
         except zmq.ZMQError:
@@ -617,8 +668,76 @@ def argument_parser() -> argparse.ArgumentParser:
     config.add_state_dir_argument(parser)
     config.add_insecure_argument(parser)
     add_alarms_argument(parser)
+    jetstream.add_arguments(parser, "for a second core that takes over")
+    parser.add_argument(
+        "--standby",
+        action="store_true",
+        help="wait while another core with the same --stream is active, and take over when it has died",
+    )
     config.add_log_level_argument(parser)
     return parser
+
+
+def serve_shared(
+    bucket: Bucket,
+    make: Callable[[Shared], Core],
+    signals: Signals,
+    about: dict[str, str],
+    *,
+    standby: bool,
+) -> None:
+    """Run a core, made by `make`, whenever it has the lease, until a signal comes.
+
+    Without `standby` it ends when another core has the lease: with ConfigError.
+    """
+    from larpixdaq.stream.lease import Lease  # late, because other cores need none
+
+    while not signals.stop:
+        with contextlib.closing(Lease(bucket, "core", seconds=_LEASE, about=about)) as lease:
+            term = _await_term(lease, signals, about, standby=standby)
+            if term is None:
+                return
+            with contextlib.closing(make(Shared(bucket, lease, term))) as core:
+                core.serve(signals)
+            if signals.stop:
+                return
+            other = lease.owner.about.get("core", "") if lease.owner is not None else ""
+        if not standby:
+            raise ConfigError(f"core: the core at {other} has taken over, this one has ended")
+        _log.error("the core at %s has taken over, this one is on standby", other)
+
+
+def _await_term(lease: Lease, signals: Signals, own: dict[str, str], *, standby: bool) -> int | None:
+    """Wait for the lease, and return the term; None if a signal comes before. ConfigError if waiting makes no sense."""
+    began, said = time.monotonic(), ""
+    poller = zmq.Poller()
+    for descriptor in (lease.fileno(), signals.fileno()):
+        poller.register(descriptor, zmq.POLLIN)
+    while not signals.stop:
+        if (term := lease.term) is not None:
+            return term
+        owner = lease.owner
+        if owner is not None and owner.holder and not lease.is_own:
+            other = owner.about
+            where = (
+                f"the core at {other.get('core', '?')} (process {other.get('pid', '?')} on {other.get('host', '?')})"
+            )
+            if other.get("key", "") != own["key"]:
+                theirs = other.get("keys", "?")
+                raise ConfigError(
+                    f"{where} has another key than this one: copy its key store {theirs} to {own['keys']}"
+                )
+            if not standby and time.monotonic() - began > _LEASE_WAIT:
+                raise ConfigError(f"core: {where} is active; --standby waits until it has died")
+            if where != said:
+                _log.warning("on standby: %s is active", where)
+                said = where
+        elif lease.problem and lease.problem != said:
+            said = lease.problem
+            _log.error("the lease of the active core cannot be had: %s", said)
+        poller.poll(_LEASE_INTERVAL)
+        lease.clear()
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -628,10 +747,28 @@ def main(argv: list[str] | None = None) -> int:
         alarms = load_alarms(args.alarms) if args.alarms is not None else None
         address = config.listen_address(args.address, config.CORE_PORT)
         log_address = config.address(args.log_address, config.LOG_PORT)
+        brokers = jetstream.brokers_of(args)
+        if args.standby and brokers is None:
+            raise UsageError("--standby: expected --stream with it")
         os.umask(0o077)  # other users may enter a state directory that was made by hand
-        core = Core(address, log_address, state_dir(args.state_dir), insecure=args.insecure, alarms=alarms)
-        with contextlib.closing(core), Signals() as signals:
-            core.serve(signals)
+        directory = state_dir(args.state_dir)
+
+        def make(shared: Shared | None = None) -> Core:
+            return Core(address, log_address, directory, insecure=args.insecure, alarms=alarms, shared=shared)
+
+        if brokers is None:
+            with contextlib.closing(make()) as core, Signals() as signals:
+                core.serve(signals)
+            return
+        store = None if args.insecure else KeyStore(directory)
+        about = {key: str(value) for key, value in config.process_identity().items()}
+        about |= {"core": config.outside_address(address), "key": store.server.public if store is not None else ""}
+        about["keys"] = str(store.path) if store is not None else ""
+        from larpixdaq.stream.lease import Bucket
+
+        bucket = Bucket(brokers, f"larpixdaq core {about['core']}")
+        with contextlib.closing(bucket), Signals() as signals:
+            serve_shared(bucket, make, signals, about, standby=args.standby)
 
     return run_main(run, log_level=args.log_level)
 

@@ -57,6 +57,7 @@ _INHERITED: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
 }
 #: Tables of the processes that use the brokers.
 _STREAMING: Final = ("producers", "storages", "monitors")
+_CORES: Final = ("core", "standby")
 #: Options of a process whose default is in other tables, and not that of the program.
 _DERIVED: Final = ("address", "output-dir", "asic", "stream", "stream-password-file", "stream-ca", *STREAM_SETTINGS)
 #: A board's address, and the port of its data where the address has none.
@@ -196,6 +197,11 @@ class DetectorConfig:
     def core(self) -> Component:
         return next(component for component in self.components if component.program.table == "core")
 
+    @property
+    def cores(self) -> list[Component]:
+        """The core, and the second core if there is one."""
+        return [component for component in self.components if component.program.table in _CORES]
+
     def where(self, *keys: str) -> str:
         """Return `FILE:LINE` of a key, or of the innermost table around it that is in the file."""
         while keys and keys not in self._lines:
@@ -252,7 +258,8 @@ class DetectorConfig:
         if not program.many:
             if tables is UNSET:
                 return
-            name = str(tables.get("name", program.parser().get_default("name") or program.module))
+            default = program.table if program.table in _CORES else program.module
+            name = str(tables.get("name", program.parser().get_default("name") or default))
             yield self._component(program, (program.table,), name, tables)
             return
         if tables is UNSET:  # one with the default name
@@ -266,13 +273,18 @@ class DetectorConfig:
             known = ", ".join(self.hosts) or "none: there is no table [hosts.NAME]"
             self.fail((*keys, "host"), f"unknown host {host!r}; the hosts are {known}")
         options = {key: value for key, value in table.items() if key not in ("host", "boards")}
-        if "stream" not in table and program.table in _STREAMING:
+        second = program.table in _CORES and self._file.standby is not UNSET
+        if "stream" not in table and (program.table in _STREAMING or second):
             actions = options_of(program)
             options |= {key: value for key, value in self._stream_options().items() if key in actions} | options
         if program.table == "storages":
             options.setdefault("output-dir", self.detector.output_dir)
-        elif program.table in ("core", "log"):
+        elif program.table in (*_CORES, "log"):
             options.setdefault("address", self._default_address(host))
+            if second:
+                options["standby"] = True
+                if "stream" not in options:
+                    self.fail(("standby",), "needs the brokers of a table [brokers], or stream in [detector]")
         elif program.table == "producers":
             options.update(self._board_options(keys, table))
             if routines := [*table.get("routines", []), *self.routines.directories]:
@@ -486,12 +498,15 @@ class DetectorConfig:
     # Processes.
 
     def core_address(self, host: str) -> str:
-        """Return the address at which processes of a host reach the core."""
-        full = config.address(self.core.options["address"], config.CORE_PORT)
+        """Return the address at which processes of a host reach the core; with a second core both addresses."""
+        return ",".join(self._address_of(core, host) for core in self.cores)
+
+    def _address_of(self, core: Component, host: str) -> str:
+        full = config.address(core.options["address"], config.CORE_PORT)
         listens, _, port = full.removeprefix("tcp://").rpartition(":")
         if listens not in ("*", "0.0.0.0", "[::]"):
             return full
-        return f"{config.LOOPBACK if host == self.core_host else f'tcp://{self.host_address(self.core_host)}'}:{port}"
+        return f"{config.LOOPBACK if host == core.host else f'tcp://{self.host_address(core.host)}'}:{port}"
 
     def supervisor(self, host: str) -> str:
         """Return the name of the supervisor of a host as a component."""
@@ -680,7 +695,7 @@ def _shown(value: Any) -> str:
 
 def _default_port(component: Component) -> int:
     ports = {
-        "core": config.CORE_PORT,
+        **dict.fromkeys(_CORES, config.CORE_PORT),
         "log": config.LOG_PORT,
         "metrics": config.METRICS_PORT,
         "web": config.WEB_PORT,

@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     args = argument_parser().parse_args(argv)
 
     def run() -> None:
-        core = config.address(args.core, config.CORE_PORT)
+        core = config.core_addresses(args.core)
         wanted = args.address or f"tcp://{config.interface_towards(core)}"
         address = config.listen_address(wanted, config.LOG_PORT)
         if not args.output:

@@ -332,7 +332,7 @@ def serve(options: argparse.Namespace) -> None:
     address, token = check(options)
     own, asked = socket.gethostname(), options.address.removeprefix("tcp://").partition(":")[0]
     server = _Server(address, {"localhost", own, own.partition(".")[0], asked, *options.allow_host}, token)
-    core, limit = config.address(options.core, config.CORE_PORT), REGISTER_LIMIT
+    core, limit = config.core_addresses(options.core), REGISTER_LIMIT
     with (
         server,
         Operator(core, name=options.name, timeout=limit, insecure=options.insecure, supervised=True) as operator,

@@ -64,11 +64,13 @@ class Operator:
     ) -> None:
         """Connect to the core at the address `core`, with or without a port number; None: on this machine.
 
+        `core` may name several cores that take over from each other: "tcp://daq1,tcp://daq2".
+
         NoCore when no core answers within `timeout` seconds; NotAllowed when this user has no key for it. `insecure`:
         connect without a key, to a core that was started with --insecure. `supervised`: this process is started by a
         supervisor, which knows it by `name` and waits until it has connected.
         """
-        address, pid = config.address(core or config.LOOPBACK, config.CORE_PORT), os.getpid() if supervised else 0
+        address, pid = config.core_addresses(core or config.LOOPBACK), os.getpid() if supervised else 0
         self._connection = Connection(address, name or _me(), insecure=insecure, pid=pid)
         # Runs at close(), when this Operator is garbage collected, and at exit, so that control is always given back.
         self._finish = weakref.finalize(self, self._connection.close)

@@ -72,6 +72,7 @@ PROGRAMS: Final = (
         frozenset({"server-name", "listen", "peers"}),
     ),
     Program("core", "core", False, core.argument_parser),
+    Program("core", "standby", False, core.argument_parser),
     Program("log", "log", False, log.argument_parser),
     Program("offline_storage", "storages", True, offline_storage.argument_parser),
     Program("run_data", "monitors", True, run_data.argument_parser),
@@ -191,7 +192,7 @@ def _up_with_file(file: DetectorConfig, host: str, *, force: bool, foreground: b
         if component.host == host and component.program.table == "producers":
             _warn_of_logind(file.directory / file.parsed(component).ring_dir)
     alarms = None
-    if host == file.core_host and file.has_alarms:
+    if host in [core.host for core in file.cores] and file.has_alarms:
         alarms = _alarms_file(state, file.alarms, file.text.encode())
     plan = Plan(
         secrets.token_hex(8),
@@ -320,7 +321,7 @@ def down(options: argparse.Namespace) -> int:
     if running is None:
         raise FileError(f"nothing is up: no {running_file(state)}")
     aborted = None
-    if any(entry.module == "core" and is_running(entry) for entry in running.processes):
+    if any(entry.name == "core" and is_running(entry) for entry in running.processes):
         aborted = _abort_run(running)
     ended = _end_all(state)
     parts = [
@@ -527,7 +528,7 @@ def _reach(state: Path, plan: Plan, before: dict[str, Entry]) -> RunningSystem:
     waiting = _Waiting(state, plan)
     running = waiting.apply()
     own = next((entry for entry in running.processes if entry.module == "core"), None)
-    if own is not None and own.name not in before:
+    if own is not None and own.name not in before and "," not in plan.core:  # else the other core may be active
         connect(plan.core, waiting.check, lambda: _pid_of_core(waiting), insecure=plan.insecure).close()
 
     def is_complete(running: RunningSystem) -> bool:

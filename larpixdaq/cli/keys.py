@@ -142,7 +142,7 @@ def _invite_host(options: argparse.Namespace) -> int:
             raise ConfigError(
                 f"all components of {host} have keys: {', '.join(names)}; `larpixdaq keys revoke NAME` takes one back"
             )
-        address = options.address or file.core_address(host)
+        address = options.address or file.core_address(host).partition(",")[0]
         answers = [
             operator.invite(name, "component", options.expires, address).result(timeout=_LIMIT) for name in invited
         ]

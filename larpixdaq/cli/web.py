@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> None:
 
 
 def web_link(options: argparse.Namespace) -> int:
-    core = config.address(options.core, config.CORE_PORT)
+    core = config.core_addresses(options.core)
     if options.url and (urlsplit(options.url).scheme not in ("http", "https") or not urlsplit(options.url).hostname):
         raise UsageError(f"--url {options.url}: expected http://HOST or https://HOST")
     console = plain_console(stderr=True)

@@ -404,6 +404,10 @@ class Catalogue:
         self._db.close()
         self._lock.close()
 
+    def draw(self, highest: int) -> int:
+        """Draw the number of a new run, above `highest`."""
+        return highest + 1
+
     def save(self, run: Run, *, new: bool = False) -> None:
         """Write a run. With `new`, FileError if its number exists already."""
         details = msgspec.to_builtins(run)
@@ -470,9 +474,22 @@ class Catalogue:
                     f"comment: run {run} would have {number} comments of {length} bytes, at most {MAX_COMMENTS} of "
                     f"{MAX_COMMENT_BYTES} bytes"
                 )
+        new, row = self._next_comment(), (run, time.time_ns(), text, *author)
+        self._share_comment(new, row)
+        self._insert_comment(new, row)
+
+    def _next_comment(self) -> int:
+        with self._errors():
+            return int(self._db.execute("SELECT coalesce(max(rowid), 0) + 1 FROM comments").fetchone()[0])
+
+    def _share_comment(self, number: int, row: Sequence[Any]) -> None:
+        """Give a comment to other cores, before it is written here."""
+
+    def _insert_comment(self, number: int, row: Sequence[Any]) -> None:
+        with self._errors():
             self._db.execute(
-                "INSERT INTO comments (run, time_ns, text, shifter, operator, key) VALUES (?, ?, ?, ?, ?, ?)",
-                (run, time.time_ns(), text, *author),
+                "INSERT INTO comments (rowid, run, time_ns, text, shifter, operator, key) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (number, *row),
             )
 
     def comments(self, run: int) -> list[dict[str, Any]]:

@@ -354,7 +354,7 @@ class Connection:
                 raise NotAllowed(self._refusal)
             if time.monotonic() < limit:
                 continue
-            raise NoCore(self._refusal or f"no core answers at {self.link.core} (waited {timeout:g} s)")
+            raise NoCore(self._refusal or f"no core answers at {self.link.cores} (waited {timeout:g} s)")
 
     def ask(
         self,
@@ -370,7 +370,7 @@ class Connection:
         """
         request = Request(action, self.link.silence, words)
         if self._closed or self._key_refused or self.link.silence() > NO_CORE:
-            why = "this Operator is closed" if self._closed else f"no core is heard at {self.link.core}"
+            why = "this Operator is closed" if self._closed else f"no core is heard at {self.link.cores}"
             request.take(_failure(self._no_core(action, why)))
             return request
         with self._guard:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import msgspec
 import zmq
 
-from larpixdaq.constants import HEARTBEAT
+from larpixdaq.constants import HEARTBEAT, NO_CORE
 from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, NoCore, ProtocolError, error_from_code
 from larpixdaq.keys import credentials
 from larpixdaq.keys.credentials import Credentials
@@ -58,6 +58,9 @@ _LINGER: Final = 0.5
 #: is no key, because a core writes its connection file when it starts.
 _KEY_INTERVAL: Final = 1.0
 _KEY_RETRY: Final = 0.05
+#: Seconds for which each of several addresses is tried in the first round, and the maximum after many.
+_TRY: Final = 0.6
+_MAX_TRY: Final = 1.5
 #: Maximum seconds until a core has answered the use of an invitation.
 _JOIN_LIMIT: Final = 5.0
 #: Maximum number of requests that are remembered after their answer.
@@ -69,6 +72,9 @@ _MAX_BYTES: Final = 8 << 20
 
 class CoreConnection:
     """Connection to the core at the address `core`; start() starts its thread, which calls all callbacks.
+
+    `core` may have several addresses, with commas between them, of cores of which one is active. The connection is to
+    the first one that answers; when it is not heard any more, the others are tried in turn.
 
     `hello` makes the registration, `beat` the heartbeat. `received` gets every message of the core except refusals.
     `refused` gets the core's refusal of a registration, which is repeated every 250 ms. `each_turn` runs at least
@@ -97,7 +103,11 @@ class CoreConnection:
         key: Credentials | None = None,
         key_changed: Callable[[Credentials], None] | None = None,
     ) -> None:
-        self.core = core
+        self._addresses = core.split(",")
+        #: The address of the core that is connected, or tried.
+        self.core = self._addresses[0]
+        self._tried = 0  # addresses since a core was heard
+        self._next_due = time.monotonic() + _TRY  # of the next address
         #: The key in use; None while there is none.
         self.credentials: Credentials | None = None
         self._stored: Credentials | None = None  # as in its file
@@ -138,7 +148,9 @@ class CoreConnection:
         """Return the key that is found now; FileError if it cannot be used."""
         if self._given is not None:
             return self._given
-        return Credentials(self.core) if self._insecure else credentials.find(self.core, self._component)
+        if self._insecure:
+            return Credentials(self.core)
+        return credentials.find(",".join((self.core, *self._addresses)), self._component)
 
     def _connect(self, own: Credentials) -> None:
         """Connect with this key; ConfigError if that cannot be."""
@@ -277,8 +289,28 @@ class CoreConnection:
         finally:
             self._finish()
 
+    @property
+    def cores(self) -> str:
+        """The addresses of all cores, for people."""
+        return " or ".join(self._addresses)
+
+    def _try_next(self) -> None:
+        """Go to the next address if there is one, and no core answers at this one."""
+        now = time.monotonic()
+        if len(self._addresses) == 1 or now < self._next_due:
+            return
+        if self.heard and now - self.heard < NO_CORE:
+            self._tried, self._next_due = 0, self.heard + NO_CORE
+            return
+        self._tried += 1
+        self._next_due = now + min(_TRY * 2 ** min(self._tried // len(self._addresses), 8), _MAX_TRY)
+        self.core = self._addresses[(self._addresses.index(self.core) + 1) % len(self._addresses)]
+        self._disconnect()
+        self._key_due = self._beat_due = 0.0
+
     def _turn(self) -> None:
         self._receive_all()
+        self._try_next()
         self._check_key()
         now = time.monotonic()
         if now >= self._beat_due:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import msgspec
 import zmq
 
-from larpixdaq.config import CORE_PORT, address, process_identity
+from larpixdaq.config import core_addresses, process_identity
 from larpixdaq.constants import HEARTBEAT, LOG_LEVELS, QUERIES, REGISTER_LIMIT, RUN_ACTIONS, STOP
 from larpixdaq.control.connection import CoreConnection, RecentRequests
 from larpixdaq.control.log_shipping import LimitedLog, LogShipper, present_level, set_level
@@ -78,9 +78,10 @@ class Node:
         module: str = "",
         insecure: bool = False,
     ) -> None:
-        """`core` is the core's address, with or without port. `info` is sent with each registration (of a producer:
-        stream address, epoch, layout, io_groups; of a storage: directory, highest_run), together with the process's id,
-        host and user.
+        """`core` is the core's address, with or without port, or several addresses with commas between them.
+
+        `info` is sent with each registration (of a producer: stream address, epoch, layout, io_groups; of a storage:
+        directory, highest_run), together with the process's id, host and user.
 
         dispatch() calls the handlers in `actions` as `handler(call, **call.params)`. An exception of a handler becomes
         the error of the call, and is logged. A returned value other than None becomes the result of the call; after
@@ -118,7 +119,7 @@ class Node:
         self._closed = False
         try:
             self._link = CoreConnection(
-                address(core, CORE_PORT),
+                core_addresses(core),
                 name=name,
                 hello=self._hello,
                 beat=self._heartbeat,
@@ -163,7 +164,7 @@ class Node:
                 raise RequestError(f"{self.name}: {refusal.text}")
             # A core that has refused the name may die while this component waits.
             if not self._inbox and time.monotonic() - max(started, self._link.heard) > limit:
-                raise NoCore(f"no core answers at {self._link.core} (waited {limit:g} s)")
+                raise NoCore(f"no core answers at {self._link.cores} (waited {limit:g} s)")
             while self._inbox and not self.session:
                 self._apply(self._inbox.popleft())
         if self._inbox:  # requests of the core, which wait for dispatch()

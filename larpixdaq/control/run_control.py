@@ -134,7 +134,7 @@ class RunControl:
         self._give_up_candidate()
         highest, warnings = highest_run(self._catalogue.highest, storages)
         boards = connected(producers)
-        run = Run(highest + 1, kind or kind_of_run(boards), comment, operator, time.time_ns())
+        run = Run(self._catalogue.draw(highest), kind or kind_of_run(boards), comment, operator, time.time_ns())
         run.connected, run.layout, run.versions = boards, layout, team_versions(producers)
         run.shifter = shifter
         run.storages = [storage.name for storage in storages]

@@ -176,11 +176,16 @@ def is_of_this_host(address: str) -> bool:
 
 
 def find(core: str, name: str = "") -> Credentials | None:
-    """Return the key for the core at this address (with its port).
+    """Return the key for the core at this address (with its port), or of the first of several, with commas between
+    them, that has one: cores that take over from each other have the same keys.
 
     The order: the key with which the component `name` was invited, the key of the core's own user, and, for an Operator
     (`name` ""), a key with which one was invited. None if there is none; FileError if one cannot be used.
     """
+    first, _, others = core.partition(",")
+    if others:
+        found = find(first, name)
+        return found if found is not None else find(others, name)
     addresses = list(dict.fromkeys((core, config.with_ip_address(core))))
     for address in addresses if name else ():
         if (found := read(joined_file(address, name))) is not None:

@@ -434,7 +434,7 @@ class _Server(uvicorn.Server):
 def serve(options: argparse.Namespace) -> None:
     """Serve until a signal comes. LarpixDaqError if the server cannot start."""
     host, port = split_address(options.address)
-    core = config.address(options.core, config.CORE_PORT)
+    core = config.core_addresses(options.core)
     with contextlib.closing(listen(host, port)) as listening, Signals() as signals:
         port = listening.getsockname()[1]
         full = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"

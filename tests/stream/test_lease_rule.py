@@ -65,6 +65,29 @@ class Model(RuleBasedStateMachine):
             else:
                 self.rules[candidate].written(revision)
 
+    @rule(candidate=CANDIDATES, late=st.sampled_from([0.0, 0.0, 0.3, 1.0]))
+    def turn(self, candidate, late):
+        """A candidate does all that it may, as Lease does; the bucket is `late` seconds in writing."""
+        if self.open[candidate] is None and self.rules[candidate].reads:
+            self.read(candidate, 0)
+        self.attempt(candidate)
+        self.now += late
+        self.answer(candidate)
+
+    @rule(candidate=CANDIDATES)
+    def take_at_the_first_moment(self, candidate):
+        """A candidate reads, and writes as soon as it may."""
+        if self.open[candidate] is not None:
+            return
+        self.read(candidate, 0)
+        for _ in range(400):
+            self.attempt(candidate)
+            if self.open[candidate] is not None:
+                break
+            self.now += 0.01
+        self.one_holder()
+        self.answer(candidate)
+
     @rule(candidate=CANDIDATES)
     def lose(self, candidate):
         """The candidate waits for an answer no more."""
