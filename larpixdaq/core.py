@@ -141,6 +141,7 @@ class Core:
     ) -> None:
         self._insecure = insecure
         self._shared = shared
+        self._withheld: list[tuple[bytes, FromCore]] = []  # messages that were to be sent after the end of the lease
         self._log_address = log_address
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -285,6 +286,9 @@ class Core:
             self._ship()
             if shared.is_held():
                 _log.warning("the core goes on: the brokers answer again, and no other core has taken over")
+                withheld, self._withheld = self._withheld, []
+                for route, message in withheld:
+                    self._send(route, message)
                 return True
             poller.poll(_LEASE_INTERVAL)
         return False
@@ -570,9 +574,13 @@ class Core:
         return self._send(peer.route, message)
 
     def _send(self, route: bytes, message: FromCore) -> bool:
-        """Send without waiting. Returns False if the peer has gone or its queue is full, or if the lease is over."""
+        """Send without waiting. Returns False if the peer has gone or its queue is full.
+
+        When the lease is over in the middle of a turn, messages are withheld until it is known who is active.
+        """
         if self._shared is not None and not self._shared.is_held():
-            return False
+            self._withheld.append((route, message))
+            return True
         try:
             self._router.send_multipart([route, pack(message)], zmq.NOBLOCK)
         except zmq.ZMQError:
@@ -761,6 +769,7 @@ def main(argv: list[str] | None = None) -> int:
                 core.serve(signals)
             return
         store = None if args.insecure else KeyStore(directory)
+        Catalogue(directory).close()  # a catalogue that cannot be used is no surprise when this core takes over
         about = {key: str(value) for key, value in config.process_identity().items()}
         about |= {"core": config.outside_address(address), "key": store.server.public if store is not None else ""}
         about["keys"] = str(store.path) if store is not None else ""

@@ -26,6 +26,8 @@ _LAST_COMMENT: Final = "comment.highest"
 #: Number of the newest runs and comments in the bucket, and of those runs that a core reads when it becomes active.
 _KEPT: Final = 1000
 _READ: Final = 100
+#: Maximum number of digits of a number in the bucket.
+_MAX_DIGITS: Final = 10
 #: Maximum seconds that the core waits for the bucket when it becomes active, later, and while an earlier write is owed.
 _READ_LIMIT: Final = 5.0
 _LIMIT: Final = 1.0
@@ -93,17 +95,17 @@ class SharedCatalogue(Catalogue):
             run = msgspec.json.decode(value, type=Run)
             if run.run != number:
                 raise ValueError(f"expected run {number}, found {run.run}")
-        except (msgspec.MsgspecError, ValueError) as error:
+            known = self.find(number)
+            if known != run and (known is None or known.prepared_ns == run.prepared_ns):
+                super().save(run, new=known is None)
+        except (msgspec.MsgspecError, ValueError, OverflowError) as error:
             self.warnings.append(f"run {number} in the bucket: {error}")
             return
-        known = self.find(number)
         if known is not None and known.prepared_ns != run.prepared_ns:
             raise FileError(
                 f"{self.path}: run {number} is another run than that of the other core: give this core a --state-dir "
                 "of its own"
             )
-        if known != run:
-            super().save(run, new=known is None)
 
     def _take_comments(self, last: int) -> None:
         """Read the comments after the last one in this catalogue. Their numbers continue after `last`.
@@ -118,7 +120,7 @@ class SharedCatalogue(Catalogue):
                 continue
             try:
                 self._insert_comment(number, msgspec.json.decode(value, type=tuple[int, int, str, str, str, str]))
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, ValueError, OverflowError) as error:
                 self.warnings.append(f"comment {number} in the bucket: {error}")
             last = max(last, number)
         self._last_comment = max(own, last)
@@ -184,7 +186,7 @@ class SharedCatalogue(Catalogue):
 
     def _read_number(self, key: str) -> int:
         (value,) = self._read(key)
-        if value is not None and not value.isdigit():
+        if value is not None and not (value.isdigit() and len(value) <= _MAX_DIGITS):
             raise FileError(f"{key} in the bucket: expected a number, found {value[:40]!r}")
         return int(value or 0)
 

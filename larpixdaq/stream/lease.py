@@ -4,7 +4,8 @@ The entry of a lease names its holder, who writes it again several times in `sec
 that it replaces, so that of two writes only one succeeds. No clocks of different hosts are compared:
 
 - the holder counts from the sending of its last successful write, and holds the lease for `seconds` - MARGIN;
-- everybody else counts from the first sight of a revision, which is later, and may replace it after `seconds`.
+- everybody else counts from the first sight of a revision, which is later, and may replace it after `seconds` in which
+  the brokers answered: after a pause of the brokers, a holder that lives can write first.
 
 A holder that could not write in time thus knows it before another process can hold the lease, also after it was
 stopped: it only compares its own clock. If it can write again before anybody else, it continues in the same term.
@@ -101,7 +102,7 @@ class LeaseRule:
         self._next_write = 0.0
         self._entry: LeaseRecord | None = None
         self._revision = 0
-        self._since = 0.0  # when this revision was seen first
+        self._since = self._looked = 0.0  # when this revision was seen first, and when it was read last
         self._gone_since: float | None = None  # when the entry, which was seen before, was not there any more
         self._reads = True
         self._term = 0
@@ -170,7 +171,10 @@ class LeaseRule:
             return
         # The revision may be lower than the known one: from a broker that lags behind, so that the next write will be
         # refused, or after brokers have lost their last writes.
+        gap, self._looked = now - self._looked, now
         if entry.revision == self._revision:
+            if gap > self._seconds / 2:  # the brokers were away, for the holder too
+                self._since = now
             return
         try:
             record = msgspec.json.decode(entry.value, type=LeaseRecord)
@@ -250,6 +254,8 @@ class Bucket:
         if self._client is None or not self._client.is_connected:
             if self._connecting is None or self._connecting.done():
                 self._connecting = asyncio.ensure_future(self._make_connection())
+                # Its error may come when nobody waits for it any more.
+                self._connecting.add_done_callback(lambda task: task.cancelled() or task.exception())
             await asyncio.shield(self._connecting)  # a time limit of the caller must not end it
         assert self._client is not None
         return self._client.jetstream(timeout=LIMIT)

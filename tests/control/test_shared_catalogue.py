@@ -6,6 +6,7 @@ import tempfile
 from contextlib import closing, suppress
 from pathlib import Path
 
+import msgspec
 import pytest
 from example_counts import examples
 from hypothesis import settings
@@ -147,18 +148,27 @@ def test_without_brokers_no_run_begins_and_a_run_goes_on(tmp_path, bucket):
         assert b'"RUN"' in bucket.entries["run.1"].value
 
 
-@pytest.mark.parametrize("value", [b"", b"{}", b"\xff", b'{"run": 2}'])
+HUGE = msgspec.json.encode(a_run(2, RUN, 2**63))
+
+
+@pytest.mark.parametrize("value", [b"", b"{}", b"\xff", b'{"run": 2}', msgspec.json.encode(a_run(3)), HUGE])
 def test_damaged_run_in_the_bucket_is_a_warning(tmp_path, bucket, value):
     bucket.put("run.highest", b"2", 0)
     bucket.put("run.2", value, 0)
+    bucket.put("comment.highest", b"2", 0)
+    bucket.put("comment.1", value, 0)
+    bucket.put("comment.2", b'[1, %d, "", "", "", ""]' % 2**63, 0)
     with closing(SharedCatalogue(tmp_path, bucket)) as catalogue:
-        assert len(catalogue.warnings) >= 1
+        assert len(catalogue.warnings) == 3
         assert draw(catalogue).run == 3
+        catalogue.add_comment(3, "new", AUTHOR)
+        assert "comment.3" in bucket.entries
 
 
-def test_damaged_number_in_the_bucket_is_refused(tmp_path, bucket):
-    bucket.put("run.highest", b"seven", 0)
-    with pytest.raises(FileError, match=r"run.highest in the bucket: expected a number, found b'seven'"):
+@pytest.mark.parametrize("value", [b"seven", b"-1", b"9" * 5000])
+def test_damaged_number_in_the_bucket_is_refused(tmp_path, bucket, value):
+    bucket.put("run.highest", value, 0)
+    with pytest.raises(FileError, match=r"run.highest in the bucket: expected a number, found b'[^']*'$"):
         SharedCatalogue(tmp_path, bucket)
 
 

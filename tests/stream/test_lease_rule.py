@@ -198,6 +198,16 @@ def test_longer_lease_of_the_holder_counts():
     assert rule.attempt(10.0) is not None
 
 
+def test_after_a_pause_of_the_brokers_the_holder_can_write_first():
+    rule = LeaseRule("a", SECONDS)
+    entry = Entry(msgspec.json.encode(LeaseRecord("b", 1, SECONDS)), 1)
+    for now in (0.0, 1.0, 10.0, 11.0, 12.0):
+        rule.seen(entry, now)
+        assert rule.attempt(now) is None
+    rule.seen(entry, 13.0)
+    assert rule.attempt(13.0) is not None
+
+
 def test_removed_entry_is_not_replaced_at_once():
     rule = LeaseRule("a", SECONDS)
     rule.seen(Entry(msgspec.json.encode(LeaseRecord("b", 1, SECONDS)), 5), 0.0)
