@@ -189,6 +189,7 @@ class Core:
             alarms=self._alarms,
             limits=self._limits,
             refused_connections=lambda: self._door.refused,
+            second_core=lambda: None if shared is None else shared.lease.waiting,
         )
         self._requests = RequestRouter(self._peers, self._control, self._actions, self, self._audit, self._limits)
         self._ids = secrets.token_hex(8)

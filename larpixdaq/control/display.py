@@ -75,6 +75,9 @@ def status_lines(status: Facts, *, unfold: bool = False) -> list[str]:
         lines.append(_last_run(last))
     if status.get("insecure"):
         lines.append("INSECURE: no keys are in use: anybody who can connect to the core can control the detector")
+    if (second := status.get("second_core")) is not None:
+        where = f"second core: on standby at {second.get('core')} ({second.get('host')})"
+        lines.append(where if second else "NO SECOND CORE is on standby: nothing takes over from this one")
     audit = status.get("audit") or {}
     if audit.get("lost") or audit.get("error"):
         why = f": {audit['error']}" if audit.get("error") else ""

@@ -161,13 +161,15 @@ class CoreActions:
         alarms: Alarms,
         limits: PeerLimits,
         refused_connections: Callable[[], int],
+        second_core: Callable[[], dict[str, str] | None] = lambda: None,
     ) -> None:
         """`address`: of the core. `keys`: None if no keys are in use. `revoked` is called with revoked public keys.
         `audit`, `limits` and `refused_connections`, the number of connections refused for want of a key, are for
-        `status`."""
+        `status`, as is `second_core`: what is known of a core on standby, empty if there is none; None: not known.
+        """
         self._address, self._keys, self._revoked = address, keys, revoked
         self._audit, self._limits, self._refused_connections = audit, limits, refused_connections
-        self._alarms = alarms
+        self._alarms, self._second_core = alarms, second_core
         self._peers, self._control, self._runs, self._catalogue = peers, control, runs, catalogue
         self._attachments = Attachments(catalogue)
         self._log = LimitedLog(_log)
@@ -308,6 +310,7 @@ class CoreActions:
             "started": self._started,
             "process": config.process_identity(),
             "state_dir": str(self._catalogue.path.parent),
+            "second_core": self._second_core(),
         }
 
     def _set_log_level(self, request: _CoreRequest) -> dict[str, Any]:

@@ -228,20 +228,28 @@ class Bucket:
         from nats.js.api import StorageType
 
         deadline = time.monotonic() + limit
+        replicas = 3 if len(self._brokers.servers) >= 3 else 1
         while True:
             problem = "no answer"
             try:
                 context = await self._context()
-                with contextlib.suppress(BucketExists):
-                    await _checked(
-                        context.create_key_value(
-                            bucket=self.name,
-                            history=1,
-                            replicas=3 if len(self._brokers.servers) >= 3 else 1,
-                            storage=StorageType.FILE,
-                            max_value_size=MAX_VALUE,
-                        )
+                await _checked(
+                    context.create_key_value(
+                        bucket=self.name,
+                        history=1,
+                        replicas=replicas,
+                        storage=StorageType.FILE,
+                        max_value_size=MAX_VALUE,
                     )
+                )
+                return
+            except BucketExists:
+                found = (await _checked(context.stream_info(f"KV_{self.name}"))).config
+                if (found.num_replicas or 1) < replicas:
+                    _log.warning(
+                        "bucket %s has %s replicas, expected %d: `nats stream edit KV_%s --replicas %d` changes that",
+                        self.name, found.num_replicas, replicas, self.name, replicas,
+                    )  # fmt: skip
                 return
             except (BrokerError, asyncio.TimeoutError) as error:
                 problem = str(error) or problem
@@ -280,8 +288,8 @@ class Bucket:
 
         return self._wait(read_all(), 2 * limit)
 
-    def put(self, key: str, value: bytes, revision: int, limit: float = LIMIT) -> int:
-        """Write an entry in place of `revision` (0: there is none), and return the new revision.
+    def put(self, key: str, value: bytes, revision: int | None, limit: float = LIMIT) -> int:
+        """Write an entry in place of `revision` (0: there is none; None: whatever there is). Returns the new revision.
 
         RevisionConflict if another revision is the last one. BrokerError if no broker has answered within `limit`
         seconds: the entry may have been written, or may still be.
@@ -317,7 +325,7 @@ class Bucket:
 
         return await self._limited(key, ask(), limit)
 
-    async def write(self, key: str, value: bytes, revision: int, limit: float = LIMIT) -> int:
+    async def write(self, key: str, value: bytes, revision: int | None, limit: float = LIMIT) -> int:
         """As put()."""
         if len(value) > MAX_VALUE:
             raise BrokerError(f"bucket {self.name}, key {key}: {len(value)} bytes, the limit is {MAX_VALUE}")
@@ -325,7 +333,7 @@ class Bucket:
 
         async def ask() -> int:
             context = await self._context()
-            headers = {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: str(revision)}
+            headers = {} if revision is None else {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: str(revision)}
             answer = await context.publish(f"$KV.{self.name}.{key}", value, timeout=limit, headers=headers)
             return answer.seq
 
@@ -415,6 +423,12 @@ class Lease:
         self._limit = min(LIMIT, seconds / 4)
         self._bucket = bucket
         self._rule = LeaseRule(secrets.token_hex(16), seconds, about)
+        self._about = about or {}
+        self._sign: int | None = None  # revision of the last sign of a waiting candidate; None: none was looked for
+        self._sign_heard = self._sign_due = 0.0
+        #: `about` of another candidate that waits for this lease; empty if none was heard for `seconds`. None: unknown
+        #: yet, and while another process has the lease.
+        self.waiting: dict[str, str] | None = None
         self._waker = Waker()
         self._ends = False
         #: Why the last read or write of the lease has failed; "" if it has not.
@@ -461,6 +475,9 @@ class Lease:
             try:
                 await self._turn()
                 self.problem = ""
+                if clock() >= self._sign_due:
+                    self._sign_due = clock() + self.seconds / 3
+                    await self._exchange_signs()
             except BrokerError as error:
                 self.problem = str(error)
                 await asyncio.sleep(_LOOK)
@@ -470,6 +487,26 @@ class Lease:
             has = self._rule.owner
             if (had and had.holder) != (has and has.holder):
                 self._waker.wake()
+
+    async def _exchange_signs(self) -> None:
+        """Give a sign that this candidate waits, or, as the holder, look for a sign of another one."""
+        key = f"{self.key}.waits"
+        if not self._rule.is_own:
+            self.waiting, self._sign = None, None
+            value = msgspec.json.encode(LeaseRecord("", 0, self.seconds, self._about))
+            await self._bucket.write(key, value, None, self._limit)
+            return
+        entry = await self._bucket.read(key, self._limit)
+        revision = entry.revision if entry is not None else 0
+        if self._sign is None:  # this sign may be old
+            self._sign_heard = clock()
+        if entry is not None and self._sign not in (None, revision):  # was written since the last look
+            with contextlib.suppress(msgspec.MsgspecError, ValueError):
+                self.waiting = msgspec.json.decode(entry.value, type=LeaseRecord).about
+                self._sign_heard = clock()
+        elif clock() - self._sign_heard > self.seconds:
+            self.waiting = {}
+        self._sign = revision
 
     async def _turn(self) -> None:
         rule = self._rule

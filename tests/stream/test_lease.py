@@ -54,15 +54,21 @@ def test_lease_that_is_given_back_is_taken_at_once(broker):
     with bucket(broker) as mine, bucket(broker) as other:
         first = Lease(mine, "given-back", about={"host": "one"})
         term = until(lambda: first.term, "the first lease")
-        second = Lease(other, "given-back")
+        second = Lease(other, "given-back", about={"host": "two"})
         until(lambda: second.owner is not None, "the second to see the first")
         assert second.term is None
         assert second.owner.about == {"host": "one"}
+        until(lambda: first.waiting == {"host": "two"}, "the first to know that another one waits")
         began = clock()
         first.close()
         assert first.term is None
         assert until(lambda: second.term, "the second lease") > term
         assert clock() - began < SECONDS - MARGIN
+        assert second.waiting is None
+        third = Lease(mine, "given-back", about={"host": "three"})
+        until(lambda: second.waiting == {"host": "three"}, "the second to know of the third")
+        third.close()
+        until(lambda: second.waiting == {}, "the second to know that nobody waits")
         second.close()
 
 

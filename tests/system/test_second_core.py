@@ -93,6 +93,8 @@ def end(line: Pair, operator: Operator) -> dict[str, Any]:
 
 def test_second_core_goes_on_with_the_run_of_a_killed_one(pair: Pair) -> None:
     operator, run = begin(pair)
+    text = f"second core: on standby at {pair.addresses['second']}"
+    until(lambda: text in operator.status().readable(LIMIT), "the second core in the status")
     pair.processes["first"].kill()
     del pair.processes["first"], pair.processes["core"]
     pair.await_second(operator)
@@ -100,6 +102,8 @@ def test_second_core_goes_on_with_the_run_of_a_killed_one(pair: Pair) -> None:
     operator.comment("by the second core").result(LIMIT)
     ended = end(pair, operator)
     assert ended["run"] == run
+    text = "NO SECOND CORE is on standby"
+    until(lambda: text in operator.status().readable(LIMIT), "its absence in the status")
     texts = [comment["text"] for comment in operator.run_info(run).result(LIMIT)["comments"]]
     assert texts == ["by the first core", "by the second core"]
     assert operator.prepare_run().result(LIMIT)["run"] == run + 1
