@@ -6,18 +6,21 @@ if __spec__ is None:  # run by its path: its folder would shadow the standard li
     sys.path[0:1] = []
 
 import argparse
+import functools
 import logging
 import os
 import shlex
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import zmq
 
 from larpixdaq import config
-from larpixdaq.control.node import Node
-from larpixdaq.errors import FileError, RequestError
+from larpixdaq.control.node import Call, Node
+from larpixdaq.errors import ComponentError, FileError, RequestError, UsageError
 from larpixdaq.hdf5.names import highest_run
+from larpixdaq.protocol.reports import StorageStatus
 from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.runtime.file_access import add_lock_dir_argument, lock_directory
 from larpixdaq.runtime.units import parse_whole
@@ -25,7 +28,9 @@ from larpixdaq.storage.directory_lock import Lock, await_turn
 from larpixdaq.storage.limits import Limits, parse_limit
 from larpixdaq.storage.service import StorageService
 from larpixdaq.storage.sidecar import parse_template
-from larpixdaq.stream import Consumer
+from larpixdaq.storage.turn import Turn
+from larpixdaq.stream import Consumer, jetstream
+from larpixdaq.stream.downlink import Downlink
 from larpixdaq.stream.subscriber import SessionCheck
 
 _log = logging.getLogger("larpixdaq.offline_storage")
@@ -61,12 +66,24 @@ class Storage:
             template=options.name_template,
         )
         self._info: dict[str, Any] = {"directory": str(self.directory.resolve())}
+        brokers = jetstream.brokers_of(options)
+        if options.standby and brokers is None:
+            raise UsageError("--standby: expected --stream with it; without, a storage of the same directory waits")
+        self._turn_of_name: Turn | None = None
+        self._downlink: Downlink | None = None
+        if brokers is not None:
+            self._info["brokers"] = str(brokers)
+            self._turn_of_name = Turn(brokers, name, standby=options.standby)
+            self._downlink = Downlink(
+                name, "all", brokers,
+                directory=self.directory, newest_run=self.service.newest_run, has_run=self.service.has_run,
+            )  # fmt: skip
         self.node = Node(
             name,
             "storage",
             options.core,
             {
-                "prepare_run": self.service.prepare_run,
+                "prepare_run": self.service.prepare_run if brokers is None else self._prepare_run(),
                 "begin_run": self.service.begin_run,
                 "end_run": self.service.end_run,
                 "report_run": self.service.report_run,
@@ -74,12 +91,14 @@ class Storage:
                 "add_comments": self.service.add_comments,
             },
             info=self._info,
-            status=self.service.status,
+            status=self._status,
             on_name_taken=self._name_taken,
             module=options.module,
             insecure=options.insecure,
         )
-        self.consumer = Consumer(name, self.node.session, "all", positions=self.service.positions, core=self.node)
+        self.consumer = self._downlink or Consumer(
+            name, self.node.session, "all", positions=self.service.positions, core=self.node
+        )
         self._session_check = SessionCheck(self.node)
         self._may_write = True  # result of the last _check_session()
         self._frames = 0
@@ -87,9 +106,15 @@ class Storage:
 
     def run(self, signals: Signals) -> None:
         """Write and acknowledge blocks until a signal comes."""
+        highest = 0
+        if self._turn_of_name is not None:
+            if not self._turn_of_name.wait(signals):
+                return
+            highest = self._turn_of_name.highest_run()
         if not await_turn(self._lock, signals):
             return
-        self._info |= {"highest_run": highest_run(self.directory), "free_bytes": self.service.space.free()}
+        highest = max(highest, highest_run(self.directory))
+        self._info |= {"highest_run": highest, "free_bytes": self.service.space.free()}
         self.node.connect(signals=signals)
         self.service.resume()  # after connect(), so that errors of files reach the log
         poller, without_stream = zmq.Poller(), zmq.Poller()
@@ -125,13 +150,45 @@ class Storage:
         self.node.report(self._frames, self.consumer.queued)
 
     def _check_session(self) -> bool:
-        """Whether this process may write and acknowledge: after a standstill not before the core has answered."""
+        """Whether this process may write and acknowledge: after a standstill not before the core has answered, and with
+        --stream only while it has the lease of its name."""
         previous, self._may_write = self._may_write, self._session_check.may_act()
         if previous and not self._may_write:
             _log.warning("stalled for %.1f s; waiting for the core to confirm", self._session_check.stall)
+        if self._turn_of_name is not None and not self._turn_of_name.holds():
+            if self._turn_of_name.lost_to:
+                self._name_taken()
+            if previous and self._may_write:
+                _log.warning("writing waits: %s", self._turn_of_name.problem)
+            self._may_write = False
         if self._may_write and not previous:
             self.consumer.resubscribe()
         return self._may_write
+
+    def _prepare_run(self) -> Any:
+        """Return the action prepare_run of a storage that reads its data at the brokers."""
+        prepare = self.service.prepare_run
+        downlink = self._downlink
+        assert downlink is not None
+
+        @functools.wraps(prepare)
+        def prepare_run(call: Call, run: int, **params: Any) -> Any:
+            if downlink.problem and not params.get("begun_ns"):
+                raise ComponentError(downlink.problem)
+            is_new = not self.service.has_run(run)
+            ready = prepare(call, run, **params)
+            if is_new:
+                downlink.begin(run, params["producers"])
+            return ready
+
+        return prepare_run
+
+    def _status(self) -> StorageStatus:
+        status = self.service.status()
+        if self._downlink is None or status.paused:
+            return status
+        waits = "" if self._may_write or self._turn_of_name is None else self._turn_of_name.problem
+        return msgspec.structs.replace(status, paused=self._downlink.problem or waits)
 
     def _name_taken(self) -> None:
         self.service.supersede()
@@ -146,6 +203,8 @@ class Storage:
             self.consumer.close()
         self.node.close()
         self._lock.release()
+        if self._turn_of_name is not None:
+            self._turn_of_name.close()
 
 
 def _check_directory(directory: Path) -> Path:
@@ -228,6 +287,12 @@ def argument_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     config.add_state_dir_argument(parser)
     add_own_arguments(parser)
+    jetstream.add_arguments(parser, "from whose streams the data are read, in place of the producers")
+    parser.add_argument(
+        "--standby", action="store_true",
+        help="wait, while another storage of this name works anywhere, and take over from it within 5 s (needs "
+        "--stream)",
+    )  # fmt: skip
     return parser
 
 

@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import re
 import socket
 import threading
 import time
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
     from nats.js import JetStreamContext
-    from nats.js.api import ConsumerConfig, StreamInfo
+    from nats.js.api import ConsumerConfig, ConsumerInfo, StreamInfo
 
 log = logging.getLogger(__name__)
 #: Maximum number of messages of a producer that are requested, or wait for the process's loop.
@@ -63,6 +64,8 @@ REQUEST_LIMIT: Final = 30.0
 ACK_WAIT: Final = 3600.0
 #: Seconds after which the brokers remove the consumer of a monitor or an analysis that has gone.
 FORGOTTEN_AFTER: Final = 30.0
+#: The same for that of a storage: it would keep the stream from making room.
+ABANDONED_AFTER: Final = 7 * 24 * 3600.0
 #: Seconds between an acknowledgement of the storage and that to the brokers.
 ACK_DELAY: Final = 0.05
 #: Seconds between two attempts to connect to the brokers, or to subscribe.
@@ -73,6 +76,10 @@ LATEST_BLOCKS: Final = 32
 LATEST_BEHIND: Final = 64
 #: Maximum number of origins whose acknowledged positions are remembered.
 _ORIGINS: Final = 4096
+#: The end of the name of a durable consumer, after the storage's token.
+_PLACE: Final = "_[0-9a-f]{8}_?"
+#: Consumers that the brokers list at once.
+_CONSUMERS: Final = 256
 
 
 class _Lost(Exception):
@@ -122,7 +129,8 @@ class Downlink:
         self.name, self.mode, self.run = name, mode, run
         self.session = ""  # as in stream.Consumer; the brokers need none
         self.newest_run = newest_run
-        self.durable = "" if directory is None else durable_name(name, directory)
+        #: The two names of the durable consumer, used in turn.
+        self.durables = () if directory is None else durable_names(name, directory)
         self.sample_every = 1.0
         self.acknowledged: dict[BlockOrigin, int] = {}  # of the thread
         self._brokers = brokers
@@ -136,7 +144,7 @@ class Downlink:
         self._lock = threading.Lock()
         self._new: dict[BlockOrigin, int] = {}  # acknowledgements for the thread
         self._arrived = Waker()
-        self._problem = "no connection to the brokers yet"
+        self._problem = ""
         self._warned = ""
         self._loop = asyncio.new_event_loop()
         self._connection: asyncio.Future[Client] | None = None
@@ -347,11 +355,21 @@ class Downlink:
         try:
             for name in await stream_names(context, "larpixdaq.>"):
                 token = name.removeprefix("larpixdaq_")
-                if token != name and await has_consumer(context, name, self.durable):
+                if token != name and set(self.durables) & (await self.floors(context, name)).keys():
                     with contextlib.suppress(ValueError):
                         self._add([jetstream.producer_of(token)])
         except Exception as error:  # the core names the living producers
             log.warning("the streams of producers that have ended are not known: %s", jetstream.describe(error))
+
+    async def floors(self, context: JetStreamContext, stream: str) -> dict[str, int]:
+        """Return, by durable consumer of this storage's name, the message up to which all are acknowledged."""
+        own = re.compile(re.escape(jetstream.stream_token(self.name)) + _PLACE)
+        found = {}
+        for info in await all_consumers(context, stream):
+            if own.fullmatch(info.name):
+                floor = info.ack_floor.stream_seq if info.ack_floor is not None else 0
+                found[info.name] = max(floor, (info.config.opt_start_seq or 1) - 1)
+        return found
 
     def _restart(self, run: int) -> None:
         """Discard all that waits, and begin again after the acknowledged messages, or earlier, with a new run."""
@@ -415,6 +433,7 @@ class StreamReader:
         self._inbox: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._client: Client | None = None
         self._consumer = ""
+        self._previous: list[str] = []  # durable consumers that the new one replaces
         self._reply = ""
         self._sending: set[asyncio.Task[None]] = set()
         self.task = asyncio.get_running_loop().create_task(self._run())
@@ -518,9 +537,9 @@ class StreamReader:
         self._reply = client.new_inbox()
         subscription = await client.subscribe(self._reply, cb=inbox.put)
         stack.push_async_callback(_quietly, subscription.unsubscribe)
-        if config.durable_name:
-            await remove_consumer(context, self.stream, config.durable_name)
         made = await context.add_consumer(self.stream, config)
+        for name in self._previous:
+            await remove_consumer(context, self.stream, name)
         if not config.durable_name:
             stack.push_async_callback(_quietly, partial(remove_consumer, context, self.stream, made.name))
         self._unacknowledged = deque(entry._replace(reply="") for entry in self._unacknowledged)
@@ -549,21 +568,35 @@ class StreamReader:
                 opt_start_seq=self._expected, filter_subject=subject, inactive_threshold=FORGOTTEN_AFTER,
                 num_replicas=1, mem_storage=True,
             )  # fmt: skip
-        await self._find_start(context, info)
+        name = await self._find_start(context, info)
         return ConsumerConfig(
-            durable_name=self._downlink.durable, ack_policy=AckPolicy.ALL, opt_start_seq=self._acked + 1,
-            deliver_policy=DeliverPolicy.BY_START_SEQUENCE, ack_wait=ACK_WAIT, max_ack_pending=MAX_UNACKNOWLEDGED,
+            durable_name=name, inactive_threshold=ABANDONED_AFTER, ack_policy=AckPolicy.ALL, ack_wait=ACK_WAIT,
+            max_ack_pending=MAX_UNACKNOWLEDGED, deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+            opt_start_seq=self._acked + 1,
         )  # fmt: skip
 
-    async def _find_start(self, context: JetStreamContext, info: StreamInfo) -> None:
+    async def _find_start(self, context: JetStreamContext, info: StreamInfo) -> str:
         """Set where the storage begins: after what it has acknowledged, as the durable consumer says after a restart,
-        or with the first message of a run that it has not read from there yet."""
+        or with the first message of a run that it has not read from there yet.
+
+        Returns the name of the new durable consumer. The previous one is removed when the new one is there, because
+        what no consumer needs may be removed from a stream.
+        """
         last, runs = info.state.last_seq, set(self._runs)
-        floor = await acknowledged_floor(context, self.stream, self._downlink.durable)
-        if floor is None:
+        floors = await self._downlink.floors(context, self.stream)
+        own = self._downlink.durables
+        known = {name: floor for name, floor in floors.items() if name in own}
+        if len(known) == len(own):  # a process died between
+            spare = max(known, key=lambda name: known[name])
+            await remove_consumer(context, self.stream, spare)
+            del known[spare], floors[spare]
+        self._previous = list(known) or list(floors)  # those of other directories: this storage has the lease now
+        if known:
+            floor = min(known.values())
+        else:
+            floor = last
             if newest := self._downlink.newest_run():
                 runs.add(newest)
-            floor = last
         if self._expected is None:
             self._expected, self._acked = floor + 1, floor
         elif last + 1 < self._expected:  # after a power cut
@@ -578,6 +611,7 @@ class StreamReader:
             if first is not None and first <= self._acked:
                 self._expected, self._acked = first, first - 1
         self._runs -= runs
+        return next(name for name in own if name not in known)
 
     # Messages
 
@@ -731,19 +765,14 @@ async def first_message(context: JetStreamContext, stream: str, subject: str) ->
         return None
 
 
-async def acknowledged_floor(context: JetStreamContext, stream: str, consumer: str) -> int | None:
-    """Return the message up to which all are acknowledged by a durable consumer; None if there is no such consumer."""
-    from nats.js.errors import NotFoundError
-
-    try:
-        info = await context.consumer_info(stream, consumer)
-    except NotFoundError:
-        return None
-    return max(info.ack_floor.stream_seq if info.ack_floor is not None else 0, (info.config.opt_start_seq or 1) - 1)
-
-
-async def has_consumer(context: JetStreamContext, stream: str, consumer: str) -> bool:
-    return await acknowledged_floor(context, stream, consumer) is not None
+async def all_consumers(context: JetStreamContext, stream: str) -> list[ConsumerInfo]:
+    """Return all consumers of a stream."""
+    found: list[ConsumerInfo] = []
+    while True:
+        more = await context.consumers_info(stream, offset=len(found))
+        found += more
+        if len(more) < _CONSUMERS:
+            return found
 
 
 async def remove_consumer(context: JetStreamContext, stream: str, consumer: str) -> None:
@@ -788,10 +817,11 @@ async def producers_of_run(brokers: Brokers, name: str, run: int) -> list[str]:
         await jetstream.close(client)
 
 
-def durable_name(name: str, directory: Path) -> str:
-    """Return the name of the durable consumers of a storage with its files in this directory of this host."""
-    place = f"{socket.gethostname()}:{directory.resolve()}"
-    return f"{jetstream.stream_token(name)}_{hashlib.sha256(place.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+def durable_names(name: str, directory: Path) -> tuple[str, str]:
+    """Return the two names of the durable consumers of a storage with its files in this directory of this host."""
+    place = f"{socket.gethostname()}:{directory.resolve()}".encode("utf-8", "surrogateescape")
+    made = f"{jetstream.stream_token(name)}_{hashlib.sha256(place).hexdigest()[:8]}"
+    return made, made + "_"
 
 
 async def _cancelled(tasks: Collection[asyncio.Task[Any] | None]) -> None:

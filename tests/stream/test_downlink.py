@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import select
@@ -10,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from brokers import Brokers, brokers
 from example_counts import examples
@@ -102,13 +102,13 @@ def test_every_frame_once_in_order_and_acknowledged_after_the_storage(
     assert taker.sequences == [0, 1, 2, 3, 4, 5]
     assert taker.rows == [rows.tobytes() for rows in feed.rows]
     assert isinstance(taker.frames[-1], End)
-    assert log.floor(link.durable) == 0
+    assert log.floor(link) == 0
     link.acknowledge(feed.origin, 3)  # all of the first message, and two of three blocks of the second
-    until(lambda: log.floor(link.durable) == 1, "the first message to be acknowledged")
+    until(lambda: log.floor(link) == 1, "the first message to be acknowledged")
     link.acknowledge(feed.origin, 4)
-    until(lambda: log.floor(link.durable) == 2, "the second one too")
+    until(lambda: log.floor(link) == 2, "the second one too")
     link.acknowledge(feed.origin, 6)
-    until(lambda: log.floor(link.durable) == 4, "all")
+    until(lambda: log.floor(link) == 4, "all")
     assert link.problem == ""
 
 
@@ -128,7 +128,7 @@ def test_a_storage_that_has_skipped_frames_gets_all_that_is_not_acknowledged_aga
     again = Taker(link)
     again.wait(4)
     assert again.sequences == [2, 3, 4, 5]
-    until(lambda: log.floor(link.durable) == 6, "all to be acknowledged")
+    until(lambda: log.floor(link) == 6, "all to be acknowledged")
 
 
 def feed_of(log: StreamLog, run: int = 1, epoch: int = 7) -> Feed:
@@ -146,7 +146,7 @@ def test_a_restarted_storage_continues_after_what_it_has_acknowledged(
     first.begin(1, [])
     log.publish(feed, *([block] for block in blocks(feed, *[10] * 4)))
     taker.wait(4)
-    until(lambda: log.floor(first.durable) == 4, "4 messages to be acknowledged")
+    until(lambda: log.floor(first) == 4, "4 messages to be acknowledged")
     first.close()
     log.publish(feed, blocks(feed, 10, 10))
     second = storage(one, tmp_path, stack)
@@ -167,18 +167,24 @@ def test_a_storage_in_another_directory_reads_the_run_from_its_first_message(
     known: set[int] = set()
     link = storage(one, tmp_path, stack, has_run=known.__contains__)
     link.connect([log.producer])
-    until(lambda: log.floor(link.durable) == 7, "it to begin at the end of the stream")
+    until(lambda: log.floor(link) == 7, "it to begin at the end of the stream")
     log.publish(feed, blocks(feed, 10))
     taker = Taker(link, acknowledge=False)
-    until(lambda: not taker.take() and log.floor(link.durable) == 8, "a message to be left out")
+    until(lambda: not taker.take() and log.floor(link) == 8, "a message to be left out")
     known.add(2)
     link.begin(2, [])
     taker.wait(6)
     assert taker.sequences == list(range(6))
     assert {frame.run for frame in taker.frames} == {2}
-    assert log.floor(link.durable) == 2  # of run 2, nothing
+    assert log.floor(link) == 2  # of run 2, nothing
     link.acknowledge(feed.origin, 6)
-    until(lambda: log.floor(link.durable) == 8, "all to be acknowledged")
+    until(lambda: log.floor(link) == 8, "all to be acknowledged")
+    link.close()
+    (tmp_path / "other").mkdir()
+    other = storage(one, tmp_path / "other", stack, has_run=known.__contains__)
+    other.connect([log.producer])
+    until(lambda: log.floor(other) == 8, "another storage of this name to begin")
+    until(lambda: set(log.consumers()) <= set(other.durables), "the position of the former directory to be removed")
 
 
 def test_a_new_position_begins_with_the_newest_run_that_the_directory_has(
@@ -205,14 +211,14 @@ def test_a_broker_that_is_killed_and_started_again(tmp_path: Path, stack: contex
     taker = Taker(link)
     log.publish(feed, *([block] for block in blocks(feed, *[10] * 5)))
     taker.wait(5)
-    until(lambda: log.floor(link.durable) == 5, "5 messages to be acknowledged")
+    until(lambda: log.floor(link) == 5, "5 messages to be acknowledged")
     made.kill(0)
     until(lambda: link.problem, "the storage to notice it")
     made.start(0)
     log.publish(feed, *([block] for block in blocks(feed, *[10] * 5)))
     taker.wait(10)
     assert taker.sequences == list(range(10))
-    until(lambda: log.floor(link.durable) == 10, "all to be acknowledged")
+    until(lambda: log.floor(link) == 10, "all to be acknowledged")
     assert link.problem == ""
 
 
@@ -236,7 +242,7 @@ def test_damaged_messages_are_named_and_nothing_else_is_lost(
         log.publish(feed, [third])
         taker.wait(2)
         assert taker.sequences == [0, 2]
-    until(lambda: log.floor(link.durable) == 5, "all to be acknowledged")
+    until(lambda: log.floor(link) == 5, "all to be acknowledged")
     named = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len(named) == 3
     assert all(log.producer in line and "missing" in line and "\n" not in line for line in named), named
@@ -295,6 +301,8 @@ def test_a_past_run_is_read_whole(one: Brokers, stack: contextlib.ExitStack) -> 
     feeds = [feed_of(log, run) for run in (101, 102, 103)]
     for feed in feeds:
         log.publish(feed, *([block] for block in blocks(feed, *[10] * 100)), [feed.end()])
+    assert asyncio.run(downlink.highest_run(brokers_of(one), "storage")) == 103
+    assert log.producer in asyncio.run(downlink.producers_of_run(brokers_of(one), "fetch", 102))
     link = Downlink("fetch", "run", brokers_of(one), run=102)
     stack.callback(link.close)
     link.connect([log.producer])
@@ -390,7 +398,7 @@ def test_no_frame_is_lost_or_follows_a_gap_whatever_happens(one: Brokers, tmp_pa
         until(lambda: take(100) is not None and seen == published, f"all of {published} frames")
         if published:
             link.acknowledge(feed.origin, published)
-            until(lambda: log.floor(link.durable) == last_of(log), "all to be acknowledged")
+            until(lambda: log.floor(link) == last_of(log), "all to be acknowledged")
 
 
 def last_of(log: StreamLog) -> int:
@@ -403,11 +411,11 @@ def last_of(log: StreamLog) -> int:
 
 
 def test_durable_names_differ_by_storage_and_directory(tmp_path: Path) -> None:
-    made = {
-        downlink.durable_name(name, tmp_path / folder)
+    made = [
+        durable
         for name in ("Offline storage", "Offline_storage", "copy.2")
         for folder in ("a", "b")
-    }
-    assert len(made) == 6
-    assert all(name.replace("_", "").replace("-", "").isalnum() for name in made)
-    assert np.unique([len(name) for name in made]).max() < 80
+        for durable in downlink.durable_names(name, tmp_path / folder)
+    ]
+    assert len(set(made)) == 12
+    assert all(name.replace("_", "").replace("-", "").isalnum() and len(name) < 80 for name in made)

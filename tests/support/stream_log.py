@@ -13,6 +13,7 @@ from larpixdaq.protocol import stream, stream_messages
 from larpixdaq.protocol.packed_rows import MIN_ROWS, RowPacker
 from larpixdaq.protocol.stream_messages import Identity
 from larpixdaq.stream import jetstream
+from larpixdaq.stream.downlink import Downlink
 from larpixdaq.stream.jetstream import Settings, parse_servers
 
 PRODUCER = "LArPix board"
@@ -52,18 +53,25 @@ class StreamLog:
     def damaged(self, run: int, data: bytes) -> None:
         self.send([(jetstream.subject(self.producer, run), data, {})])
 
-    def floor(self, durable: str) -> int:
+    def floor(self, link: Downlink) -> int:
         """Return the message up to which a storage has acknowledged all; 0 for none."""
-        from nats.js.errors import NotFoundError
 
         async def ask(client: Any) -> int:
-            try:
-                found: int = (await client.jetstream().consumer_info(self.name, durable)).ack_floor.stream_seq
-            except NotFoundError:
-                return 0
-            return found
+            infos = await client.jetstream().consumers_info(self.name)
+            return min((info.ack_floor.stream_seq for info in infos if info.name in link.durables), default=0)
 
         found: int = self.brokers.call(ask)
+        return found
+
+    def consumers(self) -> list[str]:
+        """Return the names of the durable consumers."""
+
+        async def ask(client: Any) -> list[str]:
+            return [
+                info.name for info in await client.jetstream().consumers_info(self.name) if info.config.durable_name
+            ]
+
+        found: list[str] = self.brokers.call(ask)
         return found
 
     def purge(self, below: int) -> None:
