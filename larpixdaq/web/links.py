@@ -68,9 +68,9 @@ def running_servers() -> Iterator[WebServer]:
 
 
 def find_server(core: str) -> WebServer:
-    """Return the web server of the core at this address. ConfigError if there is none."""
+    """Return the web server of the core at this address, or at one of several. ConfigError if there is none."""
     for found in running_servers():
-        if found.core == core:
+        if set(core.split(",")) & set(found.core.split(",")):
             return found
     raise ConfigError(
         f"no web server of this user runs here for the core at {core}: start `larpixdaq-web`, or name another one with "

@@ -199,7 +199,7 @@ class Sessions:
         if self._logins.locked():
             raise RequestError(f"log-in: {_AT_ONCE} others log in at this moment: try again")
         async with self._logins:
-            to_own_core = msgspec.structs.replace(invitation, address=self._live.core)
+            to_own_core = msgspec.structs.replace(invitation, address=self._live.connection.link.core)
             return await asyncio.to_thread(join_core, to_own_core)
 
     def _new(self, stored: StoredSession) -> tuple[str, Session]:

@@ -1,6 +1,8 @@
 """Leases at real brokers: processes that end, die, stand still, or lose the brokers."""
 
 import contextlib
+import itertools
+import random
 import signal
 import subprocess
 import sys
@@ -118,6 +120,54 @@ def test_holder_without_brokers_stops_in_time_and_continues_the_same_term(broker
         broker.start(0)
         assert until(lambda: lease.term, "the lease again") == term
         lease.close()
+
+
+def test_never_two_holders(tmp_path):
+    """Three processes and three brokers, which die, stand still and come back for 20 s."""
+    choose = random.Random(1)
+    with brokers(3) as three, contextlib.ExitStack() as stack:
+        holders = [Holder(three, "chaos", tmp_path / f"{number}") for number in range(3)]
+        stack.callback(lambda: [holder.__exit__() for holder in holders])
+        until(lambda: any(holder.lines and holder.lines[-1][1] for holder in holders), "a first holder")
+        end, paused, away = clock() + 20, {}, None
+        while clock() < end:
+            number = choose.randrange(3)
+            what = choose.choice(["stop", "kill", "broker stands still", "broker dies", "wait"])
+            process = holders[number].process
+            if number in paused:
+                process.send_signal(signal.SIGCONT)
+                del paused[number]
+            elif what == "stop":
+                process.send_signal(signal.SIGSTOP)
+                paused[number] = True
+            elif what == "kill":
+                holders[number].__exit__()
+                holders.append(holders[number])
+                holders[number] = Holder(three, "chaos", tmp_path / f"{len(holders)}")
+            elif away is not None:
+                (three.resume if away[1] == "broker stands still" else three.start)(away[0])
+                away = None
+            elif what != "wait":
+                (three.stop if what == "broker stands still" else three.kill)(number)
+                away = number, what
+            pause = clock() + choose.uniform(0.1, 2.5)
+            until(lambda pause=pause: clock() > pause, "the pause to end")
+        for holder in holders:
+            if holder.process.poll() is None:
+                holder.process.send_signal(signal.SIGCONT)
+        if away is not None:
+            (three.resume if away[1] == "broker stands still" else three.start)(away[0])
+        until(lambda: sum(holder.lines[-1][1] > 0 for holder in holders[:3]) == 1, "one holder in the end")
+    terms = {}
+    for holder in holders:
+        for when, term in holder.lines:
+            if term:
+                first, last, whose = terms.setdefault(term, [when, when, holder])
+                assert whose is holder
+                terms[term] = [min(first, when), max(last, when), holder]
+    spans = [(first, last) for _, (first, last, _) in sorted(terms.items())]
+    assert len(spans) > 2
+    assert all(last < first for (_, last), (first, _) in itertools.pairwise(spans)), spans
 
 
 def test_entries_are_replaced_by_revision(broker):

@@ -1,7 +1,7 @@
-"""A process that wants a lease, and writes each change of its term: lines `TIME TERM` with the clock of the host.
+"""A process that wants a lease, and writes every 10 ms what it believes: lines `TIME TERM`, by the clock of the host.
 
-The arguments are the address of the brokers, the key, and the seconds of the lease. A line `TIME TERM` with the same
-term comes at least every 20 ms, so that what the process believed in a pause is known too.
+The arguments are the address of the brokers, the key, and the seconds of the lease. TERM is 0 without the lease. A line
+is left out if the process stood still while it looked.
 """
 
 import sys
@@ -15,6 +15,8 @@ if __name__ == "__main__":
     with open(1, "w", buffering=1) as out:
         lease = Lease(Bucket(Brokers(parse_servers(servers)), "test"), key, seconds=float(seconds))
         while True:
+            before = clock()
             term = lease.term
-            out.write(f"{clock()} {term or 0}\n")
+            if clock() - before < 0.005:
+                out.write(f"{before} {term or 0}\n")
             time.sleep(0.01)

@@ -15,6 +15,7 @@ from processes import LIMIT, Process, free_port, until
 from system import System, rows_of
 
 from larpixdaq.cli.detector import PROGRAMS
+from larpixdaq.core import Core
 from larpixdaq.detector_config import DetectorConfig
 from larpixdaq.errors import ComponentError, ConfigError, NoCore
 from larpixdaq.hdf5.verify import verify
@@ -237,3 +238,12 @@ def test_key_of_one_core_is_found_for_both(tmp_path: Path, monkeypatch: pytest.M
     assert credentials.find("tcp://10.0.0.1:5551,tcp://10.0.0.2:5551", "north") == own
     assert credentials.find("tcp://10.0.0.2:5551,tcp://10.0.0.1:5551", "north") == own
     assert credentials.find("tcp://10.0.0.2:5551", "north") is None
+
+
+def test_operator_goes_to_the_address_that_answers(running: Core) -> None:
+    dead = f"tcp://127.0.0.1:{free_port()}"
+    with Operator(f"{dead},{running.address}") as operator:
+        assert operator.state().result(LIMIT) == "STOP"
+        assert running.address in repr(operator)
+    with pytest.raises(NoCore, match=r"^no core answers at tcp://\[::1\]:1 or tcp://\[::1\]:2 "):
+        Operator("[::1]:1, [::1]:2", timeout=0.2)
