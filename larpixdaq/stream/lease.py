@@ -118,7 +118,8 @@ class LeaseRule:
     @property
     def is_own(self) -> bool:
         """Whether this candidate was the last one to have the lease, though the time may be over."""
-        return self._entry is not None and self._entry.holder == self._holder
+        entry = self._entry  # once, because another thread may replace it
+        return entry is not None and entry.holder == self._holder
 
     @property
     def reads(self) -> bool:
