@@ -64,6 +64,7 @@ class SharedCatalogue(Catalogue):
         self._revisions: dict[str, int] = {}
         self._uncertain: dict[str, set[bytes]] = {}  # values that may have been written, by key
         self._owed: dict[int, Run] = {}  # runs of which the bucket lacks the last change
+        self._problem = ""  # why the last write of a run has failed
         self._last_comment = 0
         try:
             self._take_over()
@@ -144,10 +145,13 @@ class SharedCatalogue(Catalogue):
         problem = self._pay(limit)
         if problem and run.phase in (PREPARING, BEGINNING) and run.condition == RunCondition.RUNNING:
             raise FileError(f"the run is not known to the other cores: {problem}")
+        if problem and not self._problem:  # once, because it is tried again every second
+            _log.error("run %d: %s", run.run, f"the other cores do not know its last step: {problem}")
+        self._problem = problem
 
     def keep(self) -> bool:
         """As Catalogue.keep(). Writes also into the bucket what it lacks."""
-        self._pay(_OWED_LIMIT)
+        self._problem = self._pay(_OWED_LIMIT)
         return super().keep()
 
     def _pay(self, limit: float) -> str:
