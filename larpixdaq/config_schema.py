@@ -231,6 +231,12 @@ def _table_type(program: Program, programs: Sequence[Program]) -> type[msgspec.S
             for key, action in options_of(other).items()
             if key in STREAM_SETTINGS
         }
+    if program.table == "storages":
+        own["standby-hosts"] = (
+            Annotated[list[str], Meta(min_length=1)],
+            "further hosts with a storage of this name, of which one works and the others wait until it has died; with "
+            "brokers only",
+        )
     if program.table == "producers":
         own["boards"] = (
             Annotated[list[str], Meta(min_length=1)],

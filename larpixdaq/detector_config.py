@@ -265,14 +265,25 @@ class DetectorConfig:
         if tables is UNSET:  # one with the default name
             tables = {program.parser().get_default("name"): {}}
         for name, table in tables.items():
-            yield self._component(program, (program.table, name), name, table)
+            keys = program.table, name
+            first = self._component(program, keys, name, table)
+            yield first
+            hosts = table.get("standby-hosts", [])
+            if hosts and not first.options.get("stream"):
+                self.fail((*keys, "standby-hosts"), "needs brokers: [brokers], or `stream` in [detector]")
+            for number, host in enumerate(hosts):
+                if host in (first.host, *hosts[:number]):
+                    self.fail((*keys, "standby-hosts"), f"host {host!r} twice")
+                yield self._component(program, keys, name, {**table, "host": host})
 
     def _component(self, program: Program, keys: Keys, name: str, table: Mapping[str, Any]) -> Component:
         host = str(table.get("host", self.core_host))
         if host not in self.hosts and (host or self.hosts):
             known = ", ".join(self.hosts) or "none: there is no table [hosts.NAME]"
             self.fail((*keys, "host"), f"unknown host {host!r}; the hosts are {known}")
-        options = {key: value for key, value in table.items() if key not in ("host", "boards")}
+        options = {key: value for key, value in table.items() if key not in ("host", "boards", "standby-hosts")}
+        if "standby-hosts" in table:
+            options["standby"] = True
         second = program.table in _CORES and self._file.standby is not UNSET
         if "stream" not in table and (program.table in _STREAMING or second):
             actions = options_of(program)
@@ -414,7 +425,7 @@ class DetectorConfig:
                     config.parse_name(component.name)
                 except argparse.ArgumentTypeError as error:
                     self.fail(component.keys, str(error))
-            if (other := known.get(component.name)) is not None:
+            if (other := known.get(component.name)) is not None and other.keys != component.keys:
                 self.fail(component.keys, f"the name {component.name!r} is that of {self._place(other.keys)} already")
             known[component.name] = component
 

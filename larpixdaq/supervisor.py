@@ -64,7 +64,13 @@ CONTACT: Final = 2.0
 _TAIL: Final = 8 << 10
 #: What processes write that do not register with the core, when they work. A broker then still reads its stream logs,
 #: which may take minutes after it was killed.
-_READY: Final = {"emulators": b'{"ready": ', "broker": b"Starting JetStream"}
+_READY: Final = {
+    "emulators": b'{"ready": ',
+    "broker": b"Starting JetStream",
+    "offline_storage": b": waiting for a majority of the brokers",
+}
+#: What they write when they wait for another process of their name to die (--standby).
+_STANDBY: Final = {"offline_storage": b"another storage of this name is at work"}
 
 
 @dataclass(eq=False)
@@ -206,10 +212,8 @@ class Supervisor:
             if process.pid and not process.registered:
                 if process.module == "core":
                     process.registered = self._answers(process.began)
-                elif process.module in _READY:
-                    process.registered = self._is_ready(process)
                 else:
-                    process.registered = registered.get(process.name) == process.pid
+                    process.registered = registered.get(process.name) == process.pid or self._is_ready(process)
                 if process.registered:
                     process.failures = 0
 
@@ -406,11 +410,17 @@ class Supervisor:
         return printable(lines[-1]) if lines else "without a word"
 
     def _is_ready(self, process: Process) -> bool:
-        """Return whether a process that does not register with the core has said that it is ready."""
+        """Return whether a process that does not register with the core, or not yet, has said that it is ready."""
+        markers = [_READY[process.module]] if process.module in _READY else []
+        if "--standby" in process.arguments and process.module in _STANDBY:
+            markers.append(_STANDBY[process.module])
+        if not markers:
+            return False
         try:
             with open(self._output_path(process), "rb") as file:
                 file.seek(process.output)
-                return _READY[process.module] in file.read(_TAIL)
+                text = file.read(_TAIL)
+                return any(marker in text for marker in markers)
         except OSError:
             return False
 

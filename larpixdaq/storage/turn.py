@@ -14,16 +14,18 @@ import socket
 import time
 from typing import Final
 
-from larpixdaq.errors import LarpixDaqError, RequestError
+from larpixdaq.errors import BrokerError, LarpixDaqError, RequestError
 from larpixdaq.runtime.event_loop import Signals
 from larpixdaq.stream import downlink, jetstream
 from larpixdaq.stream.jetstream import Brokers
-from larpixdaq.stream.lease import SECONDS, Bucket, Lease
+from larpixdaq.stream.lease import SECONDS, Bucket, Lease, NoMajority
 
 _log = logging.getLogger(__name__)
 #: Seconds for which a storage without --standby waits for the lease: that of a predecessor that was killed ends first.
 _PATIENCE: Final = 2 * SECONDS
 _INTERVAL: Final = 0.25
+#: Seconds for which it tries to reach a broker at all.
+_BROKER_LIMIT: Final = 12.0
 
 
 class Turn:
@@ -41,10 +43,12 @@ class Turn:
     def wait(self, signals: Signals) -> bool:
         """Wait for the lease; False when a signal comes first.
 
-        BrokerError when the brokers do not answer; RequestError when another storage of this name is at work, unless
-        this one is a standby.
+        BrokerError when no broker answers; RequestError when another storage of this name is at work, unless this one
+        is a standby. Without a majority of the brokers it waits: the other hosts may be started later.
         """
-        self._bucket = Bucket(self._brokers, f"{self.name} lease")
+        self._open_bucket(signals)
+        if self._bucket is None:
+            return False
         about = {"host": socket.gethostname()}
         lease = self._lease = Lease(self._bucket, f"storage.{jetstream.stream_token(self.name)}", about=about)
         limit = time.monotonic() + _PATIENCE
@@ -67,6 +71,22 @@ class Turn:
                 warned = True
             select.select([signals.fileno(), lease.fileno()], [], [], _INTERVAL)
         return False
+
+    def _open_bucket(self, signals: Signals) -> None:
+        limit = time.monotonic() + _BROKER_LIMIT
+        warned = False
+        while self._bucket is None and not signals.stop:
+            try:
+                self._bucket = Bucket(self._brokers, f"{self.name} lease", limit=_INTERVAL)
+            except NoMajority as error:
+                if not warned:
+                    _log.warning("%s: waiting for a majority of the brokers", error)
+                warned = True
+                select.select([signals.fileno()], [], [], _INTERVAL)
+            except BrokerError:
+                if not warned and time.monotonic() > limit:
+                    raise
+                select.select([signals.fileno()], [], [], _INTERVAL)
 
     def holds(self) -> bool:
         """Whether this process has had the lease without a break since wait(), and has it now."""

@@ -57,7 +57,7 @@ WRONG_LAST_SEQUENCE: Final = 10071
 STREAM_FULL: Final = 10077
 ID_IN_PROCESS: Final = 10158
 #: During elections and starts of brokers.
-_TEMPORARY: Final = (10004, 10008, 10009, 10118)
+TEMPORARY: Final = (10004, 10008, 10009, 10118)
 _MEANINGS: Final = {
     10004: "a broker of the cluster is missing",
     10005: "there are too few brokers for the replicas of the stream",
@@ -434,7 +434,7 @@ async def retried(request: Callable[[], Awaitable[_T]], limit: float = ELECTION_
         except (Error, asyncio.TimeoutError) as error:
             temporary = isinstance(error, NoAnswer | NoRespondersError | asyncio.TimeoutError)
             if isinstance(error, APIError):
-                temporary = error.err_code in _TEMPORARY or _is_unanswered(error)
+                temporary = error.err_code in TEMPORARY or _is_unanswered(error)
             if not temporary or time.monotonic() >= deadline:
                 raise BrokerError(describe(error), error_code(error)) from None
         await asyncio.sleep(RETRY_INTERVAL)

@@ -254,8 +254,9 @@ class Bucket:
                 return
             except (BrokerError, asyncio.TimeoutError) as error:
                 problem = str(error) or problem
+                waits = not isinstance(error, BrokerError) or error.code in jetstream.TEMPORARY
             if time.monotonic() > deadline:
-                raise BrokerError(f"bucket {self.name}: {problem}")
+                raise (NoMajority if waits else BrokerError)(f"bucket {self.name}: {problem}")
             await asyncio.sleep(_LOOK)
 
     async def _context(self) -> JetStreamContext:
@@ -382,6 +383,10 @@ class Bucket:
         self._thread.join(LIMIT)
         if not self._thread.is_alive():
             self._loop.close()
+
+
+class NoMajority(BrokerError):
+    """A broker is there, but not a majority of them, or they elect a leader."""
 
 
 class BucketExists(BrokerError):

@@ -37,6 +37,8 @@ directory = "logs"
 durability = "fsync"
 limit = "1GiB"
 password-file = "password"
+stream-size = "1GiB"
+stream-replicas = 3
 [producers.north]
 host = "rack2"
 fake = 10
@@ -73,6 +75,15 @@ def test_brokers_of_three_hosts(tmp_path: Path) -> None:
         "--directory=logs", "--durability=fsync", "--limit=1GiB", "--password-file=password",
     ]  # fmt: skip
     assert file.stream == "nats://10.0.0.1:4222,10.0.0.2:4222,rack3:4222"
+    (north,) = [process for process in file.wanted("rack2") if process.module == "producer"]
+    assert [word for word in north.arguments if word.startswith("--stream")] == [
+        f"--stream={file.stream}", "--stream-password-file=password", "--stream-replicas=3", "--stream-size=1GiB",
+    ]  # fmt: skip
+    assert "--stream-ca=ca.pem" in load(tmp_path, HOSTS.replace("[producers", "tls-ca = 'ca.pem'\n[producers")).wanted(
+        "rack2")[-1].arguments  # fmt: skip
+    own = load(tmp_path, HOSTS.replace("fake = 10", "fake = 10\nstream = 'nats://elsewhere'")).wanted("rack2")[-1]
+    assert [word for word in own.arguments if word.startswith("--stream")] == ["--stream=nats://elsewhere"]
+    file = load(tmp_path, HOSTS)
     assert file.members("rack3") == ["Supervisor rack3"]  # a broker is no component: it needs no key
     lines = list(file.effective())
     assert lines.count("[brokers]") == 1
@@ -90,6 +101,25 @@ def test_a_broker_of_one_host(tmp_path: Path) -> None:
     assert load(tmp_path, "[producers.a]\nfake = 1\n").stream == ""
 
 
+def test_a_storage_waits_on_further_hosts(tmp_path: Path) -> None:
+    storage = "[storages.disk]\nhost = 'rack1'\nstandby-hosts = ['rack2', 'rack3']\n[producers"
+    file = load(tmp_path, HOSTS.replace("[producers", storage, 1))
+    for host in file.hosts:
+        (disk,) = [process for process in file.wanted(host) if process.name == "disk"]
+        assert "--standby" in disk.arguments
+        assert "disk" in file.members(host)
+    again = load(tmp_path, "\n".join(file.effective()))
+    assert [vars(again.parsed(one)) for one in again.components] == [vars(file.parsed(one)) for one in file.components]
+    for old, new, words in (
+        ("'rack3']", "'rack1']", "16: storages.disk.standby-hosts: host 'rack1' twice"),
+        ("'rack3']", "'rack4']", "15: storages.disk.host: unknown host 'rack4'"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            load(tmp_path, HOSTS.replace("[producers", storage.replace(old, new), 1))
+    with pytest.raises(ConfigError, match=re.escape("3: storages.a.standby-hosts: needs brokers: [brokers], or ")):
+        load(tmp_path, "[hosts.a]\n[storages.a]\nstandby-hosts = ['a']\n[producers.p]\nfake = 1\n")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
@@ -102,7 +132,8 @@ def test_a_broker_of_one_host(tmp_path: Path) -> None:
         ('"1GiB"', '"1 EiB"', "10: brokers.limit: size '1 EiB': expected a number and one of"),
         ("[producers", "port = 5551\n[producers", "6: brokers: port 5551 is that of core.address (default)"),
         ("[producers", "port = 6222\n[producers", "6: brokers: port 6222 is that of brokers"),
-        ("[producers", "port = 65536\n[producers", "12: brokers.port: expected a port from 1 to 65535, found 65536"),
+        ('stream-size = "1GiB"', 'stream-size = "1 EiB"', "12: brokers.stream-size: size '1 EiB': expected a"),
+        ("[producers", "port = 65536\n[producers", "14: brokers.port: expected a port from 1 to 65535, found 65536"),
         ("[hosts.rack1]", "[detector]\nstream = 'nats://a'\n[hosts.rack1]", "2: detector.stream: the brokers of"),
         ("[hosts.rack1]", "[detector]\nstream = 'http://a'\n[hosts.rack1]", "2: detector.stream: expected a text"),
     ],
@@ -230,7 +261,8 @@ def test_three_hosts_make_one_cluster(made: Detector) -> None:
     ]
     own = f'hosts = {json.dumps(names)}\nport = {port}\ncluster-port = {cluster}\npassword-file = "password"\n'
     made.head = made.head.replace("[core]", "insecure = true\n[core]")
-    made.write(*tables, f"[brokers]\n{own}", "[monitors]\n", made.producer("north", "fake = 10"))
+    storage = '[storages.disk]\nhost = "rack1"\nstandby-hosts = ["rack2"]\n'
+    made.write(*tables, f"[brokers]\n{own}", storage, "[monitors]\n", made.producer("north", "fake = 10"))
     for name in names:
         status, words = made.up("--host", name)
         assert status == 0, words
