@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import re
 import socket
 import threading
@@ -74,6 +75,9 @@ RETRY_INTERVAL: Final = 0.5
 LATEST_BLOCKS: Final = 32
 #: Messages behind the newest one from which on a monitor begins again at the newest.
 LATEST_BEHIND: Final = 64
+#: Seconds for which a run may be unknown before it counts as prepared without this storage: the core prepares it soon
+#: after the registration.
+FOREIGN_AFTER: Final = 2.0
 #: Maximum number of origins whose acknowledged positions are remembered.
 _ORIGINS: Final = 4096
 #: The end of the name of a durable consumer, after the storage's token.
@@ -136,7 +140,8 @@ class Downlink:
         self._brokers = brokers
         self._has_run = has_run
         self._known: dict[int, bool] = {}  # answers of has_run()
-        self._foreign: set[tuple[int, str]] = set()  # runs and producers whose frames were not handed over
+        #: Run and producer of frames that were not handed over -> when they are named, monotonic.
+        self._foreign: dict[tuple[int, str], float] = {}
         self._readers: dict[str, StreamReader] = {}  # of the thread
         self._queue: deque[_Queued] = deque()
         #: Restarts that the loop has asked for, and that the thread has done. In between the loop takes no frame.
@@ -164,6 +169,7 @@ class Downlink:
         """Mode "all": read this run, which has no file yet, from its first message."""
         self._restarts += 1
         self._known.clear()
+        self._foreign = {key: due for key, due in self._foreign.items() if key[0] != run}
         self._post(self._add, list(producers))
         self._post(self._restart, run)
 
@@ -221,8 +227,9 @@ class Downlink:
 
     def _leave(self, frame: Block | End) -> None:
         """Pass over a frame of a run in which this storage is not, and count it as acknowledged."""
-        if (key := (frame.run, frame.producer)) not in self._foreign:
-            self._foreign.add(key)
+        now, key = time.monotonic(), (frame.run, frame.producer)
+        if now >= self._foreign.setdefault(key, now + FOREIGN_AFTER):
+            self._foreign[key] = math.inf
             log.warning(
                 "run %d of %s is not stored here: it was prepared without this directory; "
                 "`larpixdaq fetch %d` writes its files",
