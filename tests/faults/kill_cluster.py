@@ -56,17 +56,17 @@ class Result:
 class Cluster:
     """Three brokers, eight boards, two producers, storages with a directory each, and a monitor, in a run.
 
-    `rate`: packets/s of all boards together.
+    `rate`: packets/s of all boards together. `down`: maximum seconds until what was killed is started again.
     """
 
     def __init__(
         self, folder: Path, stack: contextlib.ExitStack, seed: int, *, rate: float, storages: int = 3, boards: int = 8,
-        fsync: bool = False, ring: str = "64MiB",
+        fsync: bool = False, ring: str = "64MiB", down: float = 2.0,
     ) -> None:  # fmt: skip
         self.random = random.Random(seed)
         self.kills: Counter[str] = Counter()
         self.notes: list[str] = []
-        self._rate, self._boards, self._began = rate, boards, time.monotonic()
+        self._rate, self._boards, self._down, self._began = rate, boards, down, time.monotonic()
         self._begun = self._began
         self._watch: Watch | None = None
         self._never = threading.Event()
@@ -80,9 +80,8 @@ class Cluster:
         self.directories = {name: folder / name for name in self.storages}
         for name, directory in self.directories.items():
             directory.mkdir()
-            self.line.launch(
-                "offline_storage", "--core", self.line.core, "--name", name, "-o", directory, *stream, key=name
-            )
+            own = "--name", name, "--standby", "-o", directory
+            self.line.launch("offline_storage", "--core", self.line.core, *own, *stream, key=name)
         self.line.launch_monitor(*stream)
         self.boards: list[Emulator] = []
         half = boards // len(PRODUCERS)
@@ -137,10 +136,14 @@ class Cluster:
             return False
         return True
 
-    def await_component(self, name: str) -> None:
-        until(
-            lambda: any(c["name"] == name and not c["stuck"] for c in living(self.operator)), f"{name} to be back", STEP
-        )
+    def await_component(self, name: str, pid: int = 0) -> None:
+        """Wait until a component is registered, with this process id if it is given, and not stuck."""
+
+        def there() -> bool:
+            found = [c for c in living(self.operator) if c["name"] == name and not c["stuck"]]
+            return any(not pid or c["info"].get("pid") == pid for c in found)
+
+        until(there, f"{name} to be back", STEP)
 
     def rows(self) -> dict[str, int]:
         return rows_of(self.operator)
@@ -211,7 +214,7 @@ class Cluster:
     # Kills.
 
     def kill(self, kind: str) -> None:
-        """Kill a process of a kind, start it again after up to 2 s, and wait until it works."""
+        """Kill a process of a kind, start it again, and wait until it works."""
         self.kills[kind] += 1
         {
             "storage": lambda: self._kill_process(self.random.choice(self.storages)),
@@ -227,9 +230,9 @@ class Cluster:
     def _kill_process(self, key: str) -> None:
         self.note(f"{key} killed")
         self.line.processes[key].kill()
-        self.pause(2.0)
-        self.line.restart(key)
-        self.await_component("Online monitor" if key == "run_data" else key)
+        self.pause(self._down)
+        process = self.line.restart(key)
+        self.await_component("Online monitor" if key == "run_data" else key, process.popen.pid)
         self.note(f"{key} is back")
 
     def _kill_uplink(self) -> None:
@@ -248,7 +251,7 @@ class Cluster:
         broker = self.random.randrange(len(self.brokers))
         self.note(f"broker {broker} killed")
         self.brokers.kill(broker)
-        self.pause(2.0)
+        self.pause(self._down)
         self.brokers.start(broker)
         self.note(f"broker {broker} is back")
 

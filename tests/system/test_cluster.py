@@ -13,9 +13,9 @@ from kill_cluster import KINDS, cluster
 
 @pytest.mark.timeout(240)
 def test_a_run_over_brokers_is_complete_after_kills_of_each_kind(tmp_path: Path) -> None:
-    with cluster(tmp_path, 20, rate=8_000) as made:
+    with cluster(tmp_path, 20, rate=8_000, down=0.3) as made:
         made.begin()
-        made.kill_for(0.0, every=0.2)
+        made.kill_for(0.0, every=0.1)
         result = made.end()
     assert result.failures == [], made.notes
     assert (result.lost, result.doubled) == (0, 0)
