@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -26,6 +27,8 @@ _LAST_COMMENT: Final = "comment.highest"
 #: Number of the newest runs and comments in the bucket, and of those runs that a core reads when it becomes active.
 _KEPT: Final = 1000
 _READ: Final = 100
+#: Number of attempts to take over from a core whose last writes are still on their way.
+_ATTEMPTS: Final = 5
 #: Maximum number of digits of a number in the bucket.
 _MAX_DIGITS: Final = 10
 #: Maximum seconds that the core waits for the bucket when it becomes active, later, and while an earlier write is owed.
@@ -61,13 +64,21 @@ class SharedCatalogue(Catalogue):
     def __init__(self, directory: Path, bucket: Bucket) -> None:
         super().__init__(directory)
         self._bucket = bucket
+        # At the beginning of each value, so that a write whose answer was lost is not taken for that of another core.
+        self._writer = secrets.token_hex(8).encode()
         self._revisions: dict[str, int] = {}
         self._uncertain: dict[str, set[bytes]] = {}  # values that may have been written, by key
         self._owed: dict[int, Run] = {}  # runs of which the bucket lacks the last change
         self._problem = ""  # why the last write of a run has failed
         self._last_comment = 0
         try:
-            self._take_over()
+            for left in reversed(range(_ATTEMPTS)):
+                try:
+                    self._take_over()
+                    break
+                except RevisionConflict:  # a last write of the earlier core has come meanwhile
+                    if not left:
+                        raise
         except (BrokerError, RevisionConflict) as error:
             self.close()
             raise FileError(f"{self.path}: {error}") from None
@@ -114,8 +125,7 @@ class SharedCatalogue(Catalogue):
         Storages know comments by their numbers.
         """
         own = self._next_comment() - 1
-        # Also the one whose writer has died before it noted the number.
-        numbers = range(max(own, last - _KEPT) + 1, max(own, last) + 2)
+        numbers = range(max(own, last - _KEPT) + 1, last + 1)
         for number, value in zip(numbers, self._read(*map(_comment_key, numbers)), strict=True):
             if value is None:
                 continue
@@ -123,7 +133,6 @@ class SharedCatalogue(Catalogue):
                 self._insert_comment(number, msgspec.json.decode(value, type=tuple[int, int, str, str, str, str]))
             except (msgspec.MsgspecError, ValueError, OverflowError) as error:
                 self.warnings.append(f"comment {number} in the bucket: {error}")
-            last = max(last, number)
         self._last_comment = max(own, last)
         self._write(_LAST_COMMENT, str(self._last_comment).encode())
 
@@ -155,24 +164,30 @@ class SharedCatalogue(Catalogue):
         return super().keep()
 
     def _pay(self, limit: float) -> str:
-        """Write the owed runs. Returns why that was not possible; "" if it was."""
-        for number, run in list(self._owed.items()):
+        """Write the owed runs, the newest first. Returns why that was not possible; "" if it was."""
+        problem = ""
+        for number in sorted(self._owed, reverse=True):
             try:
-                self._write(_run_key(number), self._encode(run), limit)
-            except (BrokerError, RevisionConflict) as error:
-                if len(self._owed) > _KEPT:
-                    del self._owed[next(iter(self._owed))]
+                self._write(_run_key(number), self._encode(self._owed[number]), limit)
+                del self._owed[number]
+            except RevisionConflict as error:
+                problem = str(error)
+                if number < self.highest:  # an old run, of which this core has not read the revision: tried again
+                    try:
+                        self._read(_run_key(number))
+                    except BrokerError as away:
+                        return str(away)
+            except BrokerError as error:
                 return str(error)
-            del self._owed[number]
-        return ""
+        return problem
 
     def _next_comment(self) -> int:
         return max(super()._next_comment(), self._last_comment + 1)
 
     def _share_comment(self, number: int, row: Sequence[Any]) -> None:
         try:
+            self._write(_LAST_COMMENT, str(number).encode())  # first, because a core without the lease fails here
             self._write(_comment_key(number), json.dumps(row).encode())
-            self._write(_LAST_COMMENT, str(number).encode())
         except (BrokerError, RevisionConflict) as error:
             raise RequestError(f"comment: not written: {error}") from None
         self._last_comment = number
@@ -186,7 +201,7 @@ class SharedCatalogue(Catalogue):
     def _read(self, *keys: str) -> list[bytes | None]:
         entries = self._bucket.get(keys, _READ_LIMIT)
         self._revisions |= {key: entry.revision for key, entry in zip(keys, entries, strict=True) if entry is not None}
-        return [entry.value if entry is not None else None for entry in entries]
+        return [entry.value.partition(b" ")[2] if entry is not None else None for entry in entries]
 
     def _read_number(self, key: str) -> int:
         (value,) = self._read(key)
@@ -196,6 +211,7 @@ class SharedCatalogue(Catalogue):
 
     def _write(self, key: str, value: bytes, limit: float = _LIMIT) -> None:
         """Replace the revision that this core has read or written last."""
+        value = b"%b %b" % (self._writer, value)
         uncertain = self._uncertain.setdefault(key, set())
         try:
             try:

@@ -95,11 +95,12 @@ def test_next_core_has_runs_and_comments(tmp_path, bucket):
                 first.draw(first.highest)
             with pytest.raises(RequestError, match="another process"):
                 first.add_comment(4, "too late", AUTHOR)
+            second.add_comment(4, "once more", AUTHOR)
             assert second.find(4).phase == RUN
     with closing(SharedCatalogue(tmp_path / "a", bucket)) as again:
         assert again.find(4).phase == RUN
         assert again.highest == 5
-        assert [comment["text"] for comment in again.comments(4)] == ["from the second"]
+        assert [comment["text"] for comment in again.comments(4)] == ["from the second", "once more"]
 
 
 def test_catalogue_from_before_the_brokers_continues_its_numbers(tmp_path, bucket):
@@ -153,11 +154,11 @@ HUGE = msgspec.json.encode(a_run(2, RUN, 2**63))
 
 @pytest.mark.parametrize("value", [b"", b"{}", b"\xff", b'{"run": 2}', msgspec.json.encode(a_run(3)), HUGE])
 def test_damaged_run_in_the_bucket_is_a_warning(tmp_path, bucket, value):
-    bucket.put("run.highest", b"2", 0)
-    bucket.put("run.2", value, 0)
-    bucket.put("comment.highest", b"2", 0)
+    bucket.put("run.highest", b"writer 2", 0)
+    bucket.put("run.2", b"writer " + value, 0)
+    bucket.put("comment.highest", b"writer 2", 0)
     bucket.put("comment.1", value, 0)
-    bucket.put("comment.2", b'[1, %d, "", "", "", ""]' % 2**63, 0)
+    bucket.put("comment.2", b'writer [1, %d, "", "", "", ""]' % 2**63, 0)
     with closing(SharedCatalogue(tmp_path, bucket)) as catalogue:
         assert len(catalogue.warnings) == 3
         assert draw(catalogue).run == 3
@@ -165,7 +166,49 @@ def test_damaged_run_in_the_bucket_is_a_warning(tmp_path, bucket, value):
         assert "comment.3" in bucket.entries
 
 
-@pytest.mark.parametrize("value", [b"seven", b"-1", b"9" * 5000])
+def test_old_run_that_was_not_read_is_written_too(tmp_path, bucket):
+    with closing(SharedCatalogue(tmp_path / "a", bucket)) as first:
+        runs = [draw(first) for _ in range(102)]
+    with closing(SharedCatalogue(tmp_path / "a", bucket)) as again:
+        assert again.find(1) == runs[0]
+        runs[0].comment = "judged again"
+        runs[0].phase = ENDED
+        again.save(runs[0])
+        again.keep()
+        newest = draw(again)
+        assert f'"run":{newest.run}'.encode() in bucket.entries[f"run.{newest.run}"].value
+        assert b"judged again" in bucket.entries["run.1"].value
+
+
+def test_last_write_of_the_earlier_core_comes_while_the_next_one_takes_over(tmp_path, bucket):
+    with closing(SharedCatalogue(tmp_path / "a", bucket)) as first:
+        run = draw(first)
+        run.phase = RUN
+        write, bucket.put = bucket.put, None
+
+        def put(key, *arguments):
+            bucket.put = write
+            first.save(run)
+            return write(key, *arguments)
+
+        bucket.put = put
+        with closing(SharedCatalogue(tmp_path / "b", bucket)) as second:
+            assert second.find(1) == run
+
+
+def test_lost_answer_is_not_confused_with_the_write_of_another_core(tmp_path, bucket):
+    with (
+        closing(SharedCatalogue(tmp_path / "b", bucket)) as late,
+        closing(SharedCatalogue(tmp_path / "a", bucket)) as now,
+    ):
+        assert now.draw(0) == 1
+        bucket.fails = "before"
+        for _ in range(2):
+            with pytest.raises(FileError, match="no run number"):
+                late.draw(0)
+
+
+@pytest.mark.parametrize("value", [b"writer seven", b"writer -1", b"writer " + b"9" * 5000, b"7"])
 def test_damaged_number_in_the_bucket_is_refused(tmp_path, bucket, value):
     bucket.put("run.highest", value, 0)
     with pytest.raises(FileError, match=r"run.highest in the bucket: expected a number, found b'[^']*'$"):
