@@ -4,7 +4,7 @@ Rows move in batches of at most MOST_ROWS. Each thing that takes time (a process
 which serves one batch after the other. Windows, limits and waits are those of the processes. The costs are measured
 (scaling.json). The simulation leaves out control messages, monitors, and what processes need without packets.
 
-Needs SimPy (`pip install simpy`).
+A Line needs SimPy (`pip install simpy`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
-try:
-    import simpy
-except ImportError:
-    raise SystemExit("the simulation needs SimPy: pip install simpy") from None
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from larpixdaq import schema
 from larpixdaq.buffer.block_builder import BLOCK_AGE
@@ -30,7 +25,10 @@ from larpixdaq.hdf5.writer import WAIT
 from larpixdaq.stream.publisher import WINDOW
 from larpixdaq.stream.subscriber import STALL_LIMIT
 
-Events = Generator[simpy.Event, Any, None]
+if TYPE_CHECKING:
+    import simpy
+
+    Events = Generator[simpy.Event, Any, None]
 
 ROW = schema.PACKETS_2_4.itemsize
 #: Bytes of a block's header in the ring, with the totals of some io_groups.
@@ -515,7 +513,11 @@ class Line:
             raise ValueError(f"replicas: expected 1 to {plan.brokers}, the number of brokers, found {plan.replicas}")
         self.plan, self.costs = plan, costs
         self.random = random.Random(seed)
-        self.env = simpy.Environment()
+        try:
+            from simpy import Environment
+        except ImportError:
+            raise SystemExit("the simulation needs SimPy: pip install simpy") from None
+        self.env = Environment()
         self.stored_once = self.lost = 0
         self.delays: list[tuple[float, int]] = []
         self.streams: list[Stream] = []

