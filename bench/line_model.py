@@ -197,6 +197,7 @@ class Delivery:
         self.rows = self.stored = self.lost = self.skipped = 0
         self.changed = Signal(env)
         self._release = release
+        self._made_at = 0.0  # of the newest batch that arrived
 
     def add(self, batch: Batch) -> None:
         self.queue.append(batch)
@@ -212,6 +213,9 @@ class Delivery:
     def arrived(self) -> Batch:
         """Return the oldest batch on its way, which the consumer has now for good."""
         batch = self.flight.popleft()
+        if batch.made_at < self._made_at:
+            raise AssertionError("a batch came after a newer one")
+        self._made_at = batch.made_at
         self.flight_bytes -= batch.bytes
         self.rows -= batch.rows
         self.stored += batch.rows

@@ -185,10 +185,15 @@ def sizes(measured: Costs) -> str:
         network = rows * measured.bytes / 1e6
         lines.append(
             f"| {boards} | {rate:,} | {rows / 1e6:,.3g} M | {producers}, {producer:.2f} | "
-            f"{duration(ring)}, {duration(spool)} | {storage:.2f}, {network:,.1f}, {network * 86_400 / 1e6:,.2f} | "
-            f"{broker:.2f} |"
+            f"{duration(ring)}, {duration(spool)} | "
+            f"{cores(storage, 1)}, {network:,.1f}, {network * 86_400 / 1e6:,.2f} | {cores(broker, Plan.broker_cores)} |"
         )
     return "\n".join(lines)
+
+
+def cores(needed: float, most: float) -> str:
+    """Format a number of cores, in bold face if a process cannot use as many."""
+    return f"{needed:.2f}" if needed <= most else f"**{needed:.2f}**"
 
 
 def duration(seconds: float) -> str:
@@ -205,7 +210,7 @@ def costs_table() -> str:
         if name in entries:
             entry = entries[name]
             where = f"`{entry['command']}`, {entry['date']}"
-            lines.append(f"| {what} | {entry['value']:g} {unit} | {where} |")
+            lines.append(f"| {what} | {entry['value']:.3g} {unit} | {where} |")
     return "\n".join(lines)
 
 

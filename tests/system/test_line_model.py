@@ -122,6 +122,25 @@ def test_two_storages_are_two_copies() -> None:
     assert result.ring == pytest.approx(60 * 50_000 * 36 / (508 << 20), rel=0.05)  # until the storage is forgotten
 
 
+def test_what_was_on_its_way_to_a_stopped_storage_comes_again() -> None:
+    """The network takes 2.3 s for a batch, and the storage is stopped meanwhile."""
+    settings = {"network": 2e5, "faults": [model.Fault("storage", 0, 1, 1)]}
+    result = model.Line(model.Plan(rates=[(0, 300_000.0), (2, 0.0)], seconds=4, **settings), COSTS).run()
+    assert result.stored == result.sent == 600_000
+
+
+def test_rows_of_a_dead_host_that_one_storage_has_are_not_lost() -> None:
+    """Storage 1 is stopped when the host of producer 2 loses its power; storage 0 has its rows."""
+    faults = [model.Fault("storage", 1, 1, 3), model.Fault("rack", 2, 2, float("inf"))]
+    line = model.Line(
+        model.Plan(rates=[(0, 100_000.0)], seconds=4, producers=3, storages=2, racks=3, faults=faults), COSTS
+    )
+    result = line.run()
+    assert line.storages[1].deliveries[2].lost == pytest.approx(100_000, rel=0.15)  # of the second before
+    assert result.lost <= 0.15 * 100_000
+    assert result.stored + result.missed + result.lost == result.sent
+
+
 def test_an_election_is_waited_out_in_the_ring() -> None:
     settings = {"storages": 2, "racks": 3, "brokers": 3, "faults": [model.Fault("broker", 0, 5, float("inf"))]}
     result = model.Line(model.Plan(rates=[(0, 100_000.0)], seconds=20, producers=3, **settings), COSTS, 1).run()
