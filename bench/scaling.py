@@ -75,12 +75,7 @@ SCENARIOS = [
     Scenario("the same, three brokers, three copies", BUSY, 60, BROKERS),
     Scenario("burst: 1 M rows/s for 10 s, two storages", [(0, 1e4), (20, 1e6), (30, 1e4)], 60, TWO),
     Scenario("the same, three brokers, three copies", [(0, 1e4), (20, 1e6), (30, 1e4)], 60, BROKERS),
-    Scenario(
-        "burst of 60 s, two storages",
-        [(0, 1e4), (20, 1e6), (80, 1e4)],
-        100,
-        TWO,
-    ),
+    Scenario("burst of 30 s, two storages", [(0, 1e4), (20, 1e6), (50, 1e4)], 60, TWO),
     Scenario(
         "one of two storages dead for good, 10,000 rows/s",
         USUAL,
@@ -91,7 +86,7 @@ SCENARIOS = [
         "the only storage stopped for 300 s, 10,000 rows/s", USUAL, 400, {"faults": [Fault("storage", 0, 20, 300)]}
     ),
     Scenario("the same at 100,000 rows/s", BUSY, 400, {"faults": [Fault("storage", 0, 20, 300)]}),
-    Scenario("the same for 900 s", BUSY, 1000, {"faults": [Fault("storage", 0, 20, 900)]}),
+    Scenario("the same for 900 s", BUSY, 1000, {"tick": 0.5, "faults": [Fault("storage", 0, 20, 900)]}),
     Scenario(
         "disk of one of two storages at 5 MB/s for 60 s, 100,000 rows/s",
         BUSY,
