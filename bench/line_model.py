@@ -770,10 +770,12 @@ class Line:
 
     def _forget(self) -> None:
         """No longer keep for a storage what another one has, when it has acknowledged nothing for forget_after."""
+        if self.streams or len(self.storages) < 2:
+            return
         for storage in self.storages:
             if not any(delivery.rows for delivery in storage.deliveries):
                 storage.idle_since = self.env.now
-            if self.streams or self.env.now - storage.idle_since <= self.plan.forget_after:
+            if self.env.now - storage.idle_since <= self.plan.forget_after:
                 continue
             for delivery in storage.deliveries:
                 if not storage.up:
