@@ -59,7 +59,9 @@ _INHERITED: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
 _STREAMING: Final = ("producers", "storages", "monitors")
 _CORES: Final = ("core", "standby")
 #: Options of a process whose default is in other tables, and not that of the program.
-_DERIVED: Final = ("address", "output-dir", "asic", "stream", "stream-password-file", "stream-ca", *STREAM_SETTINGS)
+_DERIVED: Final = (
+    "address", "output-dir", "asic", "module", "stream", "stream-password-file", "stream-ca", *STREAM_SETTINGS,
+)  # fmt: skip
 #: A board's address, and the port of its data where the address has none.
 _BOARD_ADDRESS: Final = re.compile(r"(?:tcp://)?(?P<host>\[[^]]*\]|[^:]+)(?::(?P<data>\d+))?")
 _BOARD_DATA_PORT: Final = 5556
@@ -282,6 +284,8 @@ class DetectorConfig:
             known = ", ".join(self.hosts) or "none: there is no table [hosts.NAME]"
             self.fail((*keys, "host"), f"unknown host {host!r}; the hosts are {known}")
         options = {key: value for key, value in table.items() if key not in ("host", "boards", "standby-hosts")}
+        if "module" in options_of(program) and (module := self.module(host)):
+            options.setdefault("module", module)
         if "standby-hosts" in table:
             options["standby"] = True
         second = program.table in _CORES and self._file.standby is not UNSET
@@ -656,17 +660,17 @@ class DetectorConfig:
             elif isinstance(action.default, list) and action.default:
                 values[key] = action.default
         values |= {key: component.options[key] for key in _DERIVED if key in component.options}
-        inherited = {**_INHERITED, "module": ("hosts", component.host, "module")}
+        inherited = {**_INHERITED, "module": (("hosts", component.host, "module"),)}
         yield from self._lines_of(component.keys, {**values, **component.table}, inherited)
 
     def _lines_of(
-        self, keys: Keys, values: Mapping[str, Any], inherited: Mapping[str, Keys] = _INHERITED
+        self, keys: Keys, values: Mapping[str, Any], inherited: Mapping[str, tuple[Keys, ...]] = _INHERITED
     ) -> Iterator[str]:
         if not values:
             return
         yield f"[{_dotted(keys)}]"
         for key, value in values.items():
-            places = ((*keys, key), *_INHERITED.get(key, ()))
+            places = ((*keys, key), *inherited.get(key, ()))
             origin = next((self.where(*place) for place in places if place in self._lines), "default")
             yield f"{key} = {_toml(value)}  # {origin}"
         yield ""

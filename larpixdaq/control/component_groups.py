@@ -321,6 +321,8 @@ def _doubts(facts: Facts, status: Status | None) -> Iterator[Problem]:
                 yield Problem(WARNING, f"io_group {io_group} was {verdict} in run {status.counted_run}")
         for board in status.boards:
             yield from (Problem(WARNING, f"io_group {board.io_group}: {line}") for line in board.setup)
+        if status.uplink is not None and status.uplink.problem:
+            yield Problem(ALARM, f"NOT PUBLISHING: {status.uplink.problem}")
 
 
 def is_alarming(facts: Facts) -> bool:
@@ -330,6 +332,8 @@ def is_alarming(facts: Facts) -> bool:
         return facts["kind"] in STATUS and bool(facts["status"])
     if isinstance(status, SupervisorStatus):
         return any(process.state in _NOT_RUNNING for process in status.processes)
+    if isinstance(status, ProducerStatus):
+        return status.uplink is not None and bool(status.uplink.problem)
     return isinstance(status, StorageStatus) and bool(status.paused)
 
 

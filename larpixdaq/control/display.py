@@ -152,25 +152,6 @@ def needs_attention(status: Facts) -> bool:
     )
 
 
-def _is_alarming(component: Facts) -> bool:
-    status = _status(component)
-    if status is None:  # of another version; it may say that the storage is paused
-        return component["kind"] in STATUS and bool(component["status"])
-    if isinstance(status, SupervisorStatus):
-        return any(process.state in NOT_RUNNING for process in status.processes)
-    if isinstance(status, ProducerStatus):
-        return status.uplink is not None and bool(status.uplink.problem)
-    return isinstance(status, StorageStatus) and bool(status.paused)
-
-
-def _status(component: Facts) -> Status | None:
-    """Return the status of a component; None before the first one, and when it is of another version."""
-    try:
-        return msgspec.convert(component["status"], STATUS[component["kind"]])
-    except (KeyError, msgspec.ValidationError, TypeError, ValueError):
-        return None
-
-
 def _details(component: Facts) -> str:
     facts, status = component["status"], component_status(component)
     if facts and status is None:
