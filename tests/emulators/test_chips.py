@@ -480,6 +480,8 @@ while hits():
 write(periodic_trigger_mask=[0] * 64, periodic_trigger_cycles=1000000, enable_hit_veto=0, enable_periodic_trigger=1)
 pedestals = hits(1.0)
 write(enable_periodic_trigger=0)
+while hits():
+    pass
 found += [sorted({p.channel_id for p in pedestals}), {p.trigger_type for p in pedestals} == {3}]
 controller.enable_testpulse(key, [3, 40], start_dac=200)
 pulsed = [p for p in controller.issue_testpulse(key, 100, read_time=0.3) if p.packet_type == 0]
