@@ -11,7 +11,7 @@ import logging
 import os
 import shlex
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import zmq
@@ -28,10 +28,12 @@ from larpixdaq.storage.directory_lock import Lock, await_turn
 from larpixdaq.storage.limits import Limits, parse_limit
 from larpixdaq.storage.service import StorageService
 from larpixdaq.storage.sidecar import parse_template
-from larpixdaq.storage.turn import Turn
 from larpixdaq.stream import Consumer, jetstream
-from larpixdaq.stream.downlink import Downlink
 from larpixdaq.stream.subscriber import SessionCheck
+
+if TYPE_CHECKING:
+    from larpixdaq.storage.turn import Turn
+    from larpixdaq.stream.downlink import Downlink
 
 _log = logging.getLogger("larpixdaq.offline_storage")
 
@@ -73,11 +75,7 @@ class Storage:
         self._downlink: Downlink | None = None
         if brokers is not None:
             self._info["brokers"] = str(brokers)
-            self._turn_of_name = Turn(brokers, name, standby=options.standby)
-            self._downlink = Downlink(
-                name, "all", brokers,
-                directory=self.directory, newest_run=self.service.newest_run, has_run=self.service.has_run,
-            )  # fmt: skip
+            self._turn_of_name, self._downlink = self._at_brokers(brokers, options)
         self.node = Node(
             name,
             "storage",
@@ -103,6 +101,16 @@ class Storage:
         self._may_write = True  # result of the last _check_session()
         self._frames = 0
         self._changes = -1
+
+    def _at_brokers(self, brokers: jetstream.Brokers, options: argparse.Namespace) -> "tuple[Turn, Downlink]":
+        from larpixdaq.storage.turn import Turn  # late, because other storages need no asyncio
+        from larpixdaq.stream.downlink import Downlink
+
+        service, name = self.service, options.name
+        downlink = Downlink(
+            name, "all", brokers, directory=self.directory, newest_run=service.newest_run, has_run=service.has_run
+        )
+        return Turn(brokers, name, standby=options.standby), downlink
 
     def run(self, signals: Signals) -> None:
         """Write and acknowledge blocks until a signal comes."""

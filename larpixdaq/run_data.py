@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
@@ -27,7 +27,9 @@ from larpixdaq.protocol.reports import MonitorStatus
 from larpixdaq.protocol.stream import Block, End, FromProducer
 from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.stream import Consumer, jetstream
-from larpixdaq.stream.downlink import Downlink
+
+if TYPE_CHECKING:
+    from larpixdaq.stream.downlink import Downlink
 
 log = logging.getLogger("larpixdaq.run_data")  # __name__ is "__main__" in the process
 
@@ -39,7 +41,7 @@ TURN: Final = 64
 class RunData:
     """Loop of the monitor. It receives in mode "latest": producers send as many blocks as it has time for."""
 
-    def __init__(self, monitor: Monitor, node: Node, consumer: Consumer | Downlink) -> None:
+    def __init__(self, monitor: Monitor, node: Node, consumer: "Consumer | Downlink") -> None:
         self.monitor = monitor
         self.node = node
         self.consumer = consumer
@@ -154,6 +156,14 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _consumer(name: str, node: Node, brokers: jetstream.Brokers | None) -> "Consumer | Downlink":
+    if brokers is None:
+        return Consumer(name, node.session, "latest", core=node)
+    from larpixdaq.stream.downlink import Downlink  # late, because other monitors need no asyncio
+
+    return Downlink(name, "latest", brokers)
+
+
 def main(argv: list[str] | None = None) -> int:
     options = argument_parser().parse_args(argv)
 
@@ -173,11 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             with Signals() as signals:
                 node.connect(signals=signals)
-                consumer: Consumer | Downlink
-                if brokers is None:
-                    consumer = Consumer(options.name, node.session, "latest", core=node)
-                else:
-                    consumer = Downlink(options.name, "latest", brokers)
+                consumer = _consumer(options.name, node, brokers)
                 try:
                     RunData(monitor, node, consumer).run(signals)
                 finally:

@@ -635,3 +635,10 @@ def test_core_and_log_import_no_large_modules(module):
     code = f"import larpixdaq.{module}, sys; print([m for m in ('numpy', 'h5py', 'larpix') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["core", "producer", "offline_storage", "run_data"])
+def test_processes_without_brokers_import_nothing_of_them(module):
+    code = f"import larpixdaq.{module}, sys; print([m for m in ('nats', 'asyncio') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
