@@ -1,17 +1,21 @@
-"""Measure how fast a producer's blocks come to brokers of JetStream, against a bare client that sends the same bytes.
+"""Measure the line over brokers of JetStream, producer to storage, against bare clients with the same bytes.
 
     python bench/cluster.py [--brokers 1|3] [--boards N] [--words W] [--rows N] [--rounds R] [--json]
 
 Emulated PACMANs fill the ring of a producer while its uplink stands still. Then the uplink goes on, reads the ring,
-packs and publishes. After that a process with nothing but nats-py publishes the same messages to a stream with the
-same settings, with the same number of messages in flight. Both rates are rows over the time from the first to the last
-message by the clock of the broker that leads the stream. All is on this machine.
+packs and publishes, and a storage reads the stream and writes files. After that two processes with nothing but nats-py
+take turns with it: one publishes the same messages to a stream with the same settings, from its memory, and the other
+one pulls and acknowledges them at the same time. They do it once more while the publisher packs as many rows as the
+uplink, before each message. Rates are rows/s from the first message until the last large one is acknowledged by the
+reader; "published" until the brokers have it. "ns" is the processor time of each process a row. Rows that are not in
+the files of the run are "lost". All is on this machine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -20,6 +24,9 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,84 +34,131 @@ from common import STEP, argument_parser, machine, processor_seconds, temporary_
 
 from brokers import Brokers, brokers  # isort: skip  after common, which finds tests/support
 from emulated_board import Emulator
-from fake_core import Actor, storage_status
-from processes import until
+from loss_accounting import parts_of, tally
+from processes import until, wait_for_line
 
+from larpixdaq import schema
+from larpixdaq.protocol.packed_rows import PackedRows, RowPacker
 from larpixdaq.protocol.stream import Block
 from larpixdaq.protocol.stream_messages import ID, Unpacker
 from larpixdaq.stream import jetstream
 from larpixdaq.stream.uplink_child import WINDOW
 
 NAME = "LArPix board"
-#: Minimum bytes of a large message.
+#: Minimum bytes of a large message; small ones are of the run's begin and end.
 LARGE = 100_000
+#: Seconds between two looks at stream and consumer.
+LOOK = 0.02
 _LENGTH = struct.Struct("<II")
 
 
 class Message(NamedTuple):
-    """A message of a stream; `time`: unix seconds, by the clock of the broker that leads the stream."""
+    """A message of a stream."""
 
     identity: str
     data: bytes
-    time: float
 
     @property
     def rows(self) -> int:
         return sum(frame.frame.rows for frame in Unpacker(NAME).unpack(self.data) if isinstance(frame.frame, Block))
 
 
-def rate(messages: list[Message]) -> float:
-    """Return rows/s from the first to the last large message, because small ones are of the run's begin and end."""
-    large = [message for message in messages if len(message.data) >= LARGE]
-    return sum(message.rows for message in large[1:]) / (large[-1].time - large[0].time)
+class Look(NamedTuple):
+    """At `time` (monotonic) the brokers had the messages up to `stored`, and the reader had acknowledged `read`."""
+
+    time: float
+    stored: int
+    read: int
 
 
-def uplink(cluster: Brokers, options: Any) -> float:
-    """Let a producer with a full ring publish. Returns the processor seconds of its uplink."""
+@contextlib.contextmanager
+def watched(cluster: Brokers, stream: str) -> Iterator[list[Look]]:
+    """Look at a stream and its durable consumer all the time."""
+    looks: list[Look] = []
+    ended = threading.Event()
+
+    async def look(client: Any) -> None:
+        context = client.jetstream()
+        while not ended.is_set():
+            with contextlib.suppress(Exception):  # as long as the stream does not exist
+                info = await context.stream_info(stream)
+                floors = [each.ack_floor.stream_seq for each in await context.consumers_info(stream)]
+                looks.append(Look(time.monotonic(), info.state.last_seq, max(floors, default=0)))
+            await asyncio.sleep(LOOK)
+
+    thread = threading.Thread(target=cluster.call, args=(look, 2 * STEP))
+    thread.start()
+    try:
+        yield looks
+    finally:
+        ended.set()
+        thread.join()
+
+
+def rates(looks: list[Look], began: float, messages: list[Message], first: int) -> dict[str, float]:
+    """Return rows/s from `began` until the last large message was at the brokers, and until it was acknowledged.
+    `first`: sequence of the first of the messages."""
+    last = max(n for n, message in enumerate(messages) if len(message.data) >= LARGE)
+    rows = sum(message.rows for message in messages[: last + 1])
+    stored = next(look.time for look in looks if look.stored >= first + last)
+    read = next(look.time for look in looks if look.read >= first + last)
+    return {"published": rows / (stored - began), "rate": rows / (read - began)}
+
+
+def line(cluster: Brokers, options: Any) -> tuple[dict[str, Any], list[Message]]:
+    """Let a producer with a full ring publish, and a storage store."""
     words = options.rows // options.boards
     boards = ("--io-groups", str(options.boards), "--words-per-message", options.words, "--rate", "max")
     with (
-        temporary_system() as line,
+        temporary_system() as system,
         contextlib.closing(Emulator(*boards, "--count", str(words), "--lossless", "--wait-for-go", "--stay")) as board,
-        contextlib.ExitStack() as stack,
     ):
-        line.launch_core()
+        system.launch_core()
         ring = f"{40 * options.rows // 1_000_000 + 128}MB"
         where = ("--stream", cluster.urls, "--stream-size", "4GiB", "--ring", ring, "--when-full", "wait")
-        producer = line.launch_producer("--pacman", *board.addresses, *where)
-        operator = line.operator()
-        line.await_kinds(operator, "producer")
+        producer = system.launch_producer("--pacman", *board.addresses, *where)
+        operator = system.operator()
+        system.await_kinds(operator, "producer")
 
         def status() -> dict[str, Any]:
-            return line.status_of(operator, "producer")
+            return system.status_of(operator, "producer")
 
         until(lambda: (status().get("uplink") or {}).get("connected"), "the uplink to be connected", STEP)
-        stack.enter_context(storage(line.core, cluster.urls).running())
-        line.await_kinds(operator, "storage")
+        storage = system.launch_storage("--stream", cluster.urls)
+        system.await_kinds(operator, "storage")
         operator.prepare_run(kind="bench").result(STEP)
         operator.begin_run().result(STEP)
         child = child_of(producer.popen.pid)
         os.kill(child, signal.SIGSTOP)
         board.go()
         until(lambda: status()["packets"] >= options.boards * words * 0.99, "the ring to be filled", 14.0)
-        before = processor_seconds(child)
-        os.kill(child, signal.SIGCONT)
-        until(lambda: not status()["owed_blocks"], "all blocks to be at the brokers", STEP)
-        used = processor_seconds(child) - before
-        operator.end_run().result(STEP)
-        until(lambda: not status()["owed_blocks"], "the end record to be at the brokers", STEP)
-    return used
+        pids = {"producer": [producer.popen.pid], "uplink": [child], "storage": [storage.popen.pid],
+                "brokers": [cluster.pid(n) for n in range(len(cluster))]}  # fmt: skip
+        with watched(cluster, jetstream.stream_name(NAME)) as looks:
+            until(lambda: looks, "a look at the stream", STEP)
+            before = used(pids)
+            began = time.monotonic()
+            os.kill(child, signal.SIGCONT)
+            until(lambda: not status()["owed_blocks"], "all blocks to be at the brokers", STEP)
+            until(lambda: looks[-1].read >= looks[-1].stored - 2, "all blocks to be stored", STEP)
+            after = used(pids)
+        ended = operator.end_run().result(STEP)
+        board.stop()
+        sent = {int(group): counts["words"] for group, counts in board.finish()["sent"].items()}
+        found = tally(parts_of([system.data], ended["run"], ""))
+    messages = read(cluster, jetstream.stream_name(NAME))
+    rows = sum(message.rows for message in messages)
+    lost = sum(found.unaccounted(sent).values()) + sum(found.counted.values())
+    result = rates(looks, began, messages, 1) | {
+        "rows": rows, "lost": lost, "doubled": found.doubled, "condition": ended["condition"],
+        "ns": {key: 1e9 * (after[key] - before[key]) / rows for key in pids},
+        "messages": len(messages), "bytes_a_row": sum(len(message.data) for message in messages) / rows,
+    }  # fmt: skip
+    return result, messages
 
 
-def storage(core: str, servers: str) -> Actor:
-    """A storage that takes part in the run and reads nothing, so that it takes no processor time."""
-    end = {"files": [], "condition": "INCOMPLETE", "rows": 0, "stored": []}
-    replies = {"prepare_run": {"file": "/data/x.h5.part", "free_bytes": 1 << 40}, "begin_run": {}, "end_run": end,
-               "abort_run": end, "cancel_run": {}}  # fmt: skip
-    info = {"directory": "/data", "highest_run": 0, "free_bytes": 1 << 40, "brokers": servers}
-    actor = Actor(core, "Offline storage", "storage", info, replies)
-    actor.status = storage_status()
-    return actor
+def used(pids: dict[str, list[int]]) -> dict[str, float]:
+    return {key: sum(processor_seconds(pid) for pid in each) for key, each in pids.items()}
 
 
 def child_of(producer: int) -> int:
@@ -123,25 +177,46 @@ def read(cluster: Brokers, stream: str) -> list[Message]:
         found = []
         for n in range(info.state.first_seq, info.state.last_seq + 1):
             message = await context.get_msg(stream, seq=n)
-            found.append(Message(message.headers[ID], message.data, message.time.timestamp()))
+            found.append(Message(message.headers[ID], message.data))
         return found
 
     found: list[Message] = cluster.call(ask, STEP)
     return found
 
 
-def bare(cluster: Brokers, messages: list[Message]) -> float:
-    """Return the rate of a process that publishes the same messages, which it has in memory."""
-    with tempfile.NamedTemporaryFile(prefix="larpixdaq-bench-") as file:
-        for identity, data, _ in messages:
+def bare(cluster: Brokers, messages: list[Message], *, packs: bool) -> dict[str, Any]:
+    """Let bare clients publish and pull the same messages. `packs`: the publisher packs rows before each message."""
+    stream = "packing" if packs else "bare"
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="larpixdaq-bench-"))
+        for identity, data in messages:
             file.write(_LENGTH.pack(len(identity), len(data)) + identity.encode() + data)
         file.flush()
-        command = [sys.executable, __file__, "publish", cluster.urls, file.name, str(len(cluster))]
-        subprocess.run(command, check=True, timeout=STEP)
-    return rate(read(cluster, "bare"))
+
+        def start(what: str, *more: str) -> subprocess.Popen[bytes]:
+            command = [sys.executable, __file__, what, cluster.urls, stream, *more]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            wait_for_line(process, STEP)  # ready
+            return process
+
+        publisher = start("publish", file.name, str(len(cluster)), "packs" if packs else "")
+        reader = start("pull", str(len(messages)))
+        pids = {"publisher": [publisher.pid], "reader": [reader.pid],
+                "brokers": [cluster.pid(n) for n in range(len(cluster))]}  # fmt: skip
+        with watched(cluster, stream) as looks:
+            until(lambda: looks, "a look at the stream", STEP)
+            before, began = used(pids), time.monotonic()
+            publisher.stdin.write(b"\n")  # type: ignore[union-attr]
+            wait_for_line(reader, STEP)
+            until(lambda: looks[-1].read >= len(messages), "all messages to be acknowledged", STEP)
+            after = used(pids)
+    rows = sum(message.rows for message in messages)
+    return rates(looks, began, messages, 1) | {"ns": {key: 1e9 * (after[key] - before[key]) / rows for key in pids}}
 
 
-async def publish(servers: str, path: str, replicas: int) -> None:
+async def publish(servers: str, stream: str, path: str, replicas: int, packs: bool) -> None:
     """The bare client: publishes the messages of a file, with WINDOW of them in flight."""
     import nats
     from nats.js import api
@@ -157,19 +232,61 @@ async def publish(servers: str, path: str, replicas: int) -> None:
     client = await nats.connect(list(jetstream.parse_servers(servers)), pending_size=128 << 20)
     context = client.jetstream(publish_async_max_pending=WINDOW)
     config = api.StreamConfig(
-        name="bare", subjects=["bare.*"], storage=api.StorageType.FILE, num_replicas=replicas, max_bytes=4 << 30,
+        name=stream, subjects=[f"{stream}.*"], storage=api.StorageType.FILE, num_replicas=replicas, max_bytes=4 << 30,
         discard=api.DiscardPolicy.NEW, duplicate_window=120.0, deny_delete=True,
     )  # fmt: skip
     await context.add_stream(config)
+    work = packing([payload for _, payload in found]) if packs else itertools.repeat(None)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    loop = asyncio.get_running_loop()
     for headers, payload in found:
-        await context.publish_async("bare.1", payload, headers=headers)
+        if packs:
+            await loop.run_in_executor(None, next, work)
+        await context.publish_async(f"{stream}.1", payload, headers=headers)
     await context.publish_async_completed()
+    await client.close()
+
+
+def packing(payloads: list[bytes]) -> Iterator[None]:
+    """Pack as many rows as each message has: those of the largest message, again and again."""
+    blocks = [
+        (PackedRows.parse(*frame.parts, frame.frame.rows).unpack(frame.frame.rows, layout).data.cast("B"), layout)
+        for frame in Unpacker(NAME).unpack(max(payloads, key=len))
+        if isinstance(frame.frame, Block) and (layout := schema.layout(frame.frame.layout))
+    ]
+    packer, count = RowPacker(), itertools.count()
+    for payload in payloads:
+        for n in range(len(Unpacker(NAME).unpack(payload)) if len(payload) >= LARGE else 0):
+            rows, layout = blocks[n % len(blocks)]
+            packer.pack(0, next(count), rows, layout, lambda: True)
+        yield
+
+
+async def pull(servers: str, stream: str, count: int) -> None:
+    """The bare reader: pulls messages and acknowledges all of each batch."""
+    import nats
+    from nats.js import api
+
+    client = await nats.connect(list(jetstream.parse_servers(servers)))
+    config = api.ConsumerConfig(ack_policy=api.AckPolicy.ALL, max_ack_pending=1024)
+    subscription = await client.jetstream().pull_subscribe(f"{stream}.*", "reader", stream, config=config)
+    print("ready", flush=True)
+    while count:
+        batch = await subscription.fetch(min(count, WINDOW), timeout=STEP)
+        count -= len(batch)
+        await batch[-1].ack()
+    await client.flush()
+    print("done", flush=True)
     await client.close()
 
 
 def main() -> int:
     if sys.argv[1:2] == ["publish"]:
-        asyncio.run(publish(sys.argv[2], sys.argv[3], int(sys.argv[4])))
+        asyncio.run(publish(*sys.argv[2:5], int(sys.argv[5]), sys.argv[6] == "packs"))
+        return 0
+    if sys.argv[1:2] == ["pull"]:
+        asyncio.run(pull(*sys.argv[2:4], int(sys.argv[4])))
         return 0
     parser = argument_parser(__doc__)
     add = parser.add_argument
@@ -185,29 +302,37 @@ def main() -> int:
     add("--rows", type=int, default=20_000_000, metavar="N", help="packets of a round (default %(default)d)")
     add("--rounds", type=int, default=3, metavar="R", help="number of rounds (default %(default)d)")
     options = parser.parse_args()
-    results = []
+    results: list[dict[str, Any]] = []
     for _ in range(options.rounds):
         with brokers(options.brokers) as cluster:
-            used = uplink(cluster, options)
-            messages = read(cluster, jetstream.stream_name(NAME))
-            reached, reference = rate(messages), bare(cluster, messages)
-        rows, size = sum(message.rows for message in messages), sum(len(message.data) for message in messages)
-        found = {"rows": rows, "rate": reached, "bare": reference, "ratio": reached / reference,
-                 "ns_a_row": 1e9 * used / rows, "bytes_a_row": size / rows, "messages": len(messages)}  # fmt: skip
-        results.append(found)
+            found, messages = line(cluster, options)
+            references = {"bare": bare(cluster, messages, packs=False), "packing": bare(cluster, messages, packs=True)}
+        ratios = {key: found["rate"] / reference["rate"] for key, reference in references.items()}
+        results.append({"line": found, **references, "ratios": ratios})
         if not options.json:
-            print(
-                f"{rows / 1e6:.1f} M rows in {len(messages)} messages, {size / rows:.2f} bytes a row: uplink "
-                f"{reached / 1e6:.1f} M/s ({found['ns_a_row']:.0f} ns of its process a row), bare "
-                f"{reference / 1e6:.1f} M/s, ratio {found['ratio']:.2f}",
-                flush=True,
-            )
-    ratio = statistics.median(each["ratio"] for each in results)
+            show(results[-1])
+    ratios = {key: statistics.median(each["ratios"][key] for each in results) for key in ("bare", "packing")}
     if options.json:
-        print(json.dumps({"brokers": options.brokers, "rounds": results, "ratio": ratio, "machine": machine()}))
+        print(json.dumps({"brokers": options.brokers, "rounds": results, "ratios": ratios, "machine": machine()}))
     else:
-        print(f"{options.brokers} brokers, median: ratio {ratio:.2f}; {machine()}")
-    return 0
+        print(f"{options.brokers} brokers, medians: {ratios['bare']:.2f} of bare clients, "
+              f"{ratios['packing']:.2f} of bare clients that pack; {machine()}")  # fmt: skip
+    return 1 if any(each["line"]["lost"] or each["line"]["doubled"] for each in results) else 0
+
+
+def show(result: dict[str, Any]) -> None:
+    line = result["line"]
+    print(f"{line['rows'] / 1e6:.1f} M rows in {line['messages']} messages, {line['bytes_a_row']:.2f} bytes a row, "
+          f"{line['lost']} lost, {line['doubled']} doubled, {line['condition']}")  # fmt: skip
+    for key in ("line", "bare", "packing"):
+        each = result[key]
+        ns = ", ".join(f"{name} {value:.1f}" for name, value in each["ns"].items())
+        ratio = f", ratio {result['ratios'][key]:.2f}" if key != "line" else ""
+        print(
+            f"  {key}: {each['rate'] / 1e6:.1f} M/s, published {each['published'] / 1e6:.1f} M/s{ratio}; "
+            f"ns a row: {ns}, all {sum(each['ns'].values()):.1f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
