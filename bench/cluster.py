@@ -140,7 +140,9 @@ def line(cluster: Brokers, options: Any) -> tuple[dict[str, Any], list[Message]]
             began = time.monotonic()
             os.kill(child, signal.SIGCONT)
             until(lambda: not status()["owed_blocks"], "all blocks to be at the brokers", STEP)
-            until(lambda: looks[-1].read >= looks[-1].stored - 2, "all blocks to be stored", STEP)
+            published = time.monotonic()
+            newest = lambda: looks[-1] if looks[-1].time > published + LOOK else None  # noqa: E731
+            until(lambda: (look := newest()) and look.read == look.stored, "all blocks to be stored", STEP)
             after = used(pids)
         ended = operator.end_run().result(STEP)
         board.stop()
