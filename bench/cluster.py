@@ -47,8 +47,8 @@ from larpixdaq.stream.uplink_child import WINDOW
 NAME = "LArPix board"
 #: Minimum bytes of a large message; small ones are of the run's begin and end.
 LARGE = 100_000
-#: Seconds between two looks at stream and consumer.
-LOOK = 0.02
+#: Seconds between two looks at stream and consumer, each of which takes time of the brokers.
+LOOK = 0.05
 _LENGTH = struct.Struct("<II")
 
 
