@@ -255,7 +255,7 @@ def packing(payloads: list[bytes]) -> Iterator[None]:
     blocks = [
         (PackedRows.parse(*frame.parts, frame.frame.rows).unpack(frame.frame.rows, layout).data.cast("B"), layout)
         for frame in Unpacker(NAME).unpack(max(payloads, key=len))
-        if isinstance(frame.frame, Block) and (layout := schema.layout(frame.frame.layout))
+        if isinstance(frame.frame, Block) and len(frame.parts) == 2 and (layout := schema.layout(frame.frame.layout))
     ]
     packer, count = RowPacker(), itertools.count()
     for payload in payloads:
