@@ -75,7 +75,12 @@ class Storage:
         self._downlink: Downlink | None = None
         if brokers is not None:
             self._info["brokers"] = str(brokers)
-            self._turn_of_name, self._downlink = self._at_brokers(brokers, options)
+            self._turn_of_name = Turn(brokers, name, standby=options.standby)
+            self._downlink = Downlink(
+                name, "all", brokers,
+                directory=self.directory, newest_run=self.service.newest_run, has_run=self.service.has_run,
+                holds=self._turn_of_name.holds,
+            )  # fmt: skip
         self.node = Node(
             name,
             "storage",

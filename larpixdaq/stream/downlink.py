@@ -116,7 +116,8 @@ class Downlink:
 
     `mode` is "all", "latest" or "run". Mode "all": `directory` is that of the files; `newest_run()` returns the newest
     run with files there (0: none), and `has_run()` whether a run is open or has files there: only frames of such runs
-    are handed over. Both are also called in the thread. Mode "run": `run` is the run that is read.
+    are handed over. `holds()` returns whether the storage has the lease of its name: without it nothing is
+    acknowledged, and no consumer made. All three are also called in the thread. Mode "run": `run` is the run to read.
     """
 
     def __init__(
@@ -128,11 +129,12 @@ class Downlink:
         directory: Path | None = None,
         newest_run: Callable[[], int] = int,
         has_run: Callable[[int], bool] | None = None,
+        holds: Callable[[], bool] = lambda: True,
         run: int = 0,
     ) -> None:
         self.name, self.mode, self.run = name, mode, run
         self.session = ""  # as in stream.Consumer; the brokers need none
-        self.newest_run = newest_run
+        self.newest_run, self.holds = newest_run, holds
         #: The two names of the durable consumer, used in turn.
         self.durables = () if directory is None else durable_names(name, directory)
         self.sample_every = 1.0
@@ -469,6 +471,8 @@ class StreamReader:
 
     def acknowledge(self) -> None:
         """Acknowledge the messages whose frames are all acknowledged, and that follow acknowledged ones."""
+        if not self._downlink.holds():  # they come again, here or to the storage that has the lease now
+            return
         known, reply = self._downlink.acknowledged, ""
         while self._unacknowledged:
             first = self._unacknowledged[0]
@@ -510,6 +514,8 @@ class StreamReader:
             generation = self._generation
             try:
                 client = await self._downlink.client()
+                while not self._downlink.holds():  # a new consumer would replace that of the storage with the lease
+                    await asyncio.sleep(RETRY_INTERVAL / 10)
                 async with contextlib.AsyncExitStack() as stack:
                     await self._subscribe(client, stack)
                     if self.problem:
@@ -597,7 +603,7 @@ class StreamReader:
             spare = max(known, key=lambda name: known[name])
             await remove_consumer(context, self.stream, spare)
             del known[spare], floors[spare]
-        self._previous = list(known) or list(floors)  # those of other directories: this storage has the lease now
+        self._previous = list(floors)  # also those of other directories, because this storage has the lease now
         if known:
             floor = min(known.values())
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -20,12 +21,20 @@ from larpixdaq.errors import ComponentError
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.verify import verify, verify_all
 from larpixdaq.operator import Operator
+from larpixdaq.protocol.stream_messages import ID, Identity
 from larpixdaq.runtime.launcher import command
+from larpixdaq.stream.jetstream import stream_name
 
 
 @pytest.fixture(scope="module")
 def one() -> Iterator[Brokers]:
     with brokers(1, fsync=True) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Brokers]:
+    with brokers(3) as made:
         yield made
 
 
@@ -151,6 +160,56 @@ def test_a_standby_in_another_directory_has_the_whole_run(line: System, one: Bro
     assert {Path(path).parent for path in ended["files"]} == {other}
     check(ended)
     assert verify_all([other]).ok
+
+
+def test_a_storage_that_stood_still_writes_no_more_after_a_standby_has_its_name(line: System, three: Brokers) -> None:
+    operator = start(line, three, "--fake", "50000", name="stood still")
+    begin(line, operator)
+    standby = launch_standby(line, three, "storage of stood still")
+    until(lambda: "is at work on" in standby.stderr, "it to wait")
+    first = line.processes.pop("offline_storage")
+    first.popen.send_signal(signal.SIGSTOP)
+    last = last_identity(three, "stood still")
+    other = line.folder / "other"
+    until(lambda: list(other.glob("*.h5.part")), "the standby to take over", 2 * LIMIT)
+    flows(line, operator)
+    first.popen.send_signal(signal.SIGCONT)
+    assert first.popen.wait(LIMIT) == 1
+    flows(line, operator)
+    assert len(durables(three, "stood still")) == 1
+    ended = operator.end_run().result(2 * LIMIT)
+    assert {Path(path).parent for path in ended["files"]} == {other}
+    check(ended)
+    assert verify_all([other]).ok
+    (left,) = line.data.glob("*.h5")
+    with DataFile(left) as file:
+        assert file.table("run/blocks")["sequence"].max() < last.next
+    assert first.stderr.splitlines()[-1].endswith(
+        ": storage of stood still: another storage has taken this name and continues the run"
+    )
+
+
+def last_identity(made: Brokers, producer: str) -> Identity:
+    """Return what the newest message of a producer's stream is."""
+
+    async def ask(client: Any) -> Identity:
+        context, stream = client.jetstream(), stream_name(producer)
+        last = (await context.stream_info(stream)).state.last_seq
+        return Identity.parse((await context.get_msg(stream, last)).headers[ID])
+
+    found: Identity = made.call(ask)
+    return found
+
+
+def durables(made: Brokers, producer: str) -> list[str]:
+    """Return the names of the durable consumers of a producer's stream."""
+
+    async def ask(client: Any) -> list[str]:
+        found = await client.jetstream().consumers_info(stream_name(producer))
+        return sorted(each.config.durable_name for each in found if each.config.durable_name)
+
+    names: list[str] = made.call(ask)
+    return names
 
 
 def launch_standby(line: System, made: Brokers, name: str) -> Process:
