@@ -39,6 +39,7 @@ from larpixdaq.control.run_instructions import (
     end_params,
     highest_run,
     kind_of_run,
+    mixed_ways,
     monitor_params,
     note_connected,
     producer_params,
@@ -471,6 +472,17 @@ class RunControl:
         for name in able:
             if not take_report(run, name, outcomes[name]):
                 del failed[name]
+        # A standby that has taken over in another directory has no files, but the brokers have the whole run.
+        there = [self._peers.components[name] for name in able if name in failed and name in self._peers.components]
+        prepare = Item(storage_params(run, run.producers), PREPARE_LIMIT)
+        anew = {storage.name: prepare for storage in there if storage.info.get("brokers") and storage.run is None}
+        outcomes = yield ComponentRequest("prepare_run", anew)
+        left = END_LIMIT - (self._procedures.now - started)
+        items = {name: Item(end_params(run), left) for name in anew if outcomes[name].ok}
+        outcomes = yield ComponentRequest("end_run", items)
+        for name in items:
+            if not take_report(run, name, outcomes[name]):
+                del failed[name]
         failures += failed.values()
         run.ended_ns = time.time_ns()
         return self._close(run, failures, silent)
@@ -506,6 +518,10 @@ class RunControl:
     def _join(self, run: Run, component: Component) -> Steps:
         """Bring a component that has registered during the run into the run."""
         name = component.name
+        required = {*run.producers, *run.storages}
+        team = [each for each in self._peers.components.values() if each.name in required]
+        if name in required and (mixed := mixed_ways(team, [])):
+            _log.error("run %d: %s: no rows go from the ones to the others", run.run, mixed)
         if component.run is None:
             params = {PRODUCER: producer_params(run), STORAGE: storage_params(run, run.producers)}
             item = Item(params.get(component.kind, monitor_params(run)), PREPARE_LIMIT)

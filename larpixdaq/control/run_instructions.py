@@ -37,7 +37,8 @@ def check_team(producers: list[Component], storages: list[Component]) -> None:
     if len(layouts) > 1:
         which = "; ".join(f"{layout_name(code)}: {', '.join(names)}" for code, names in layouts.items())
         raise ComponentError(f"prepare_run: the producers' rows have different layouts, a run has one: {which}")
-    check_brokers(producers, storages)
+    if mixed := mixed_ways(producers, storages):
+        raise ComponentError(f"prepare_run: {mixed}")
     for component in storages:
         status = component.read_status(StorageStatus)
         free = None if status is None else status.free_bytes
@@ -45,16 +46,17 @@ def check_team(producers: list[Component], storages: list[Component]) -> None:
         check_free(component.name, str(component.info.get("directory", "?")), free)
 
 
-def check_brokers(producers: list[Component], storages: list[Component]) -> None:
-    """Check that producers and storages use the same way, brokers or not; ComponentError, in one line, if not."""
+def mixed_ways(producers: Iterable[Component], storages: Iterable[Component]) -> str:
+    """Return in one line which producers and storages use brokers and which do not; "" if all use the same way."""
     uses: dict[bool, list[str]] = {True: [], False: []}
     for component in [*producers, *storages]:
         uses[bool(component.info.get("brokers"))].append(component.name)
-    if uses[True] and uses[False]:
-        raise ComponentError(
-            f"prepare_run: --stream is needed for all producers and storages, or for none: {', '.join(uses[True])} "
-            f"with it, {', '.join(uses[False])} without"
-        )
+    if not (uses[True] and uses[False]):
+        return ""
+    return (
+        f"--stream is needed for all producers and storages, or for none: {', '.join(uses[True])} with it, "
+        f"{', '.join(uses[False])} without"
+    )
 
 
 def highest_run(known: int, storages: list[Component]) -> tuple[int, list[str]]:

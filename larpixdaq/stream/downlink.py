@@ -607,7 +607,7 @@ class StreamReader:
         if known:
             floor = min(known.values())
         else:
-            floor = last
+            floor = min([*floors.values(), last])  # what is after the former storage's position is at least named
             if newest := self._downlink.newest_run():
                 runs.add(newest)
         if self._expected is None:

@@ -189,6 +189,35 @@ def test_a_storage_that_stood_still_writes_no_more_after_a_standby_has_its_name(
     )
 
 
+def test_a_standby_that_takes_over_in_end_run_has_the_whole_run(line: System, three: Brokers) -> None:
+    operator = start(line, three, "--fake", "50000", name="ended")
+    begin(line, operator)
+    standby = launch_standby(line, three, "storage of ended")
+    until(lambda: "is at work on" in standby.stderr, "it to wait")
+    line.processes["offline_storage"].kill()
+    ended = operator.end_run().result(2 * LIMIT)
+    check(ended)
+    assert {Path(path).parent for path in ended["files"]} == {line.folder / "other"}
+    assert verify_all([line.folder / "other"]).ok
+
+
+@pytest.mark.parametrize("leads", [False, True], ids=["follower", "leader"])
+def test_a_broker_that_does_not_answer_in_a_run(line: System, three: Brokers, leads: bool) -> None:
+    name = f"broker stopped {leads:d}"
+    operator = start(line, three, "--fake", "50000", name=name)
+    begin(line, operator)
+    leader = three.leader_of(stream_name(name))
+    stopped = leader if leads else (leader + 1) % 3
+    three.stop(stopped)
+    try:
+        flows(line, operator)
+    finally:
+        three.resume(stopped)
+    three.await_ready(stopped)
+    flows(line, operator)
+    check(operator.end_run().result(2 * LIMIT))
+
+
 def last_identity(made: Brokers, producer: str) -> Identity:
     """Return what the newest message of a producer's stream is."""
 
@@ -250,3 +279,18 @@ def test_producers_and_storages_must_agree(line: System, one: Brokers) -> None:
         return "LArPix board with it, plain without" in str(caught.value)
 
     until(refused, "prepare_run to be refused")
+
+
+def test_a_storage_that_is_restarted_without_stream_in_a_run_is_named(line: System, one: Brokers) -> None:
+    operator = start(line, one, "--fake", "50000", name="restarted")
+    begin(line, operator)
+    line.processes["offline_storage"].kill()
+    line.launch_storage("--name", "storage of restarted")
+    named = (
+        "run 1: --stream is needed for all producers and storages, or for none: restarted with it, storage of restarted"
+    )
+    until(lambda: f"{named} without" in line.processes["core"].stderr, "the storage to be named")
+    line.processes["offline_storage"].kill()
+    line.launch_storage("--stream", one.urls, "--name", "storage of restarted")
+    flows(line, operator)
+    check(operator.end_run().result(2 * LIMIT))
