@@ -18,8 +18,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from common import argument_parser, temporary_system, update, with_source  # isort: skip  finds the others
 from brokers import Brokers, brokers
-from common import argument_parser, temporary_system, update, with_source
 from processes import LIMIT, until
 from system import System
 

@@ -207,12 +207,21 @@ class RunControl:
         """A component has registered, for the first time, after a loss, or after a restart of the core."""
         self._procedures.send_again(component)
         self._place(component, now)
+        self._check_way(component)
         self._end_abandoned(now)
         if component.kind == STORAGE:
             self._owe_comments(component.name)
         last = self._catalogue.find() if self.run is None and component.run is None else None
         if last is not None and may_improve(last, component.name):
             self._request_report(last, component, now)
+
+    def _check_way(self, component: Component) -> None:
+        """Log it if a component of the run has come back with --stream, or without, unlike the others."""
+        required = () if self.run is None else (*self.run.producers, *self.run.storages)
+        if self.run is not None and component.name in required:
+            team = [self._peers.components[name] for name in required if name in self._peers.components]
+            if mixed := mixed_ways(team, []):
+                _log.error("run %d: %s: no rows go from the ones to the others", self.run.run, mixed)
 
     def _place(self, component: Component, now: float) -> None:
         """Bring a component into the present run, or out of another run, unless its answer to a request is awaited."""
@@ -518,10 +527,6 @@ class RunControl:
     def _join(self, run: Run, component: Component) -> Steps:
         """Bring a component that has registered during the run into the run."""
         name = component.name
-        required = {*run.producers, *run.storages}
-        team = [each for each in self._peers.components.values() if each.name in required]
-        if name in required and (mixed := mixed_ways(team, [])):
-            _log.error("run %d: %s: no rows go from the ones to the others", run.run, mixed)
         if component.run is None:
             params = {PRODUCER: producer_params(run), STORAGE: storage_params(run, run.producers)}
             item = Item(params.get(component.kind, monitor_params(run)), PREPARE_LIMIT)

@@ -286,9 +286,7 @@ def test_a_storage_that_is_restarted_without_stream_in_a_run_is_named(line: Syst
     begin(line, operator)
     line.processes["offline_storage"].kill()
     line.launch_storage("--name", "storage of restarted")
-    named = (
-        "run 1: --stream is needed for all producers and storages, or for none: restarted with it, storage of restarted"
-    )
+    named = ": --stream is needed for all producers and storages, or for none: restarted with it, storage of restarted"
     until(lambda: f"{named} without" in line.processes["core"].stderr, "the storage to be named")
     line.processes["offline_storage"].kill()
     line.launch_storage("--stream", one.urls, "--name", "storage of restarted")
