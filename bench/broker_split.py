@@ -105,7 +105,7 @@ def split(line: System, made: Brokers, options: argparse.Namespace) -> list[dict
                 pause = longest_pause(operator, options.seconds)
             finally:
                 made.resume(stopped)
-            made.await_ready(stopped)
+            made.await_ready(stopped, 60.0)
             after = longest_pause(operator, 5.0)
             found.append({"stopped": role, "pause": pause, "after": after})
             print(f"{role}: {pause:.1f} s, and {after:.1f} s after its return", file=sys.stderr, flush=True)
