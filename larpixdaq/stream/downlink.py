@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
     from nats.js import JetStreamContext
-    from nats.js.api import ConsumerConfig, ConsumerInfo, StreamInfo
+    from nats.js.api import ConsumerConfig, StreamInfo
 
 log = logging.getLogger(__name__)
 #: Maximum number of messages of a producer that are requested, or wait for the process's loop.
@@ -82,8 +82,6 @@ FOREIGN_AFTER: Final = 2.0
 _ORIGINS: Final = 4096
 #: The end of the name of a durable consumer, after the storage's token.
 _PLACE: Final = "_[0-9a-f]{8}_?"
-#: Consumers that the brokers list at once.
-_CONSUMERS: Final = 256
 
 
 class _Lost(Exception):
@@ -374,7 +372,7 @@ class Downlink:
         """Return, by durable consumer of this storage's name, the message up to which all are acknowledged."""
         own = re.compile(re.escape(jetstream.stream_token(self.name)) + _PLACE)
         found = {}
-        for info in await all_consumers(context, stream):
+        for info in await jetstream.all_consumers(context, stream):
             if own.fullmatch(info.name):
                 floor = info.ack_floor.stream_seq if info.ack_floor is not None else 0
                 found[info.name] = max(floor, (info.config.opt_start_seq or 1) - 1)
@@ -776,16 +774,6 @@ async def first_message(context: JetStreamContext, stream: str, subject: str) ->
         return (await context.get_msg(stream, seq=1, subject=subject, next=True)).seq
     except NotFoundError:
         return None
-
-
-async def all_consumers(context: JetStreamContext, stream: str) -> list[ConsumerInfo]:
-    """Return all consumers of a stream."""
-    found: list[ConsumerInfo] = []
-    while True:
-        more = await context.consumers_info(stream, offset=len(found))
-        found += more
-        if len(more) < _CONSUMERS:
-            return found
 
 
 async def remove_consumer(context: JetStreamContext, stream: str, consumer: str) -> None:

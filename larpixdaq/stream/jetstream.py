@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from nats.aio.client import Client
     from nats.js import JetStreamContext
-    from nats.js.api import StreamConfig, StreamInfo
+    from nats.js.api import ConsumerInfo, StreamConfig, StreamInfo
     from nats.js.errors import APIError
 
 _T = TypeVar("_T")
@@ -497,6 +497,24 @@ def _differences(wanted: StreamConfig, found: StreamConfig) -> str:
             show = shown.get(field, str)
             differences.append(f"{field} is {show(theirs)}, expected {show(ours)}")
     return ", ".join(differences) or "of kinds that are not used here"
+
+
+async def all_consumers(context: JetStreamContext, stream: str) -> list[ConsumerInfo]:
+    """Return all consumers of a stream. BrokerError if the brokers do not know the position of one of them, because its
+    leader does not answer: nothing may be removed from the stream, or passed over in it, then."""
+    from nats.js import api
+
+    found: list[ConsumerInfo] = []
+    while True:
+        request = f'{{"offset":{len(found)}}}'
+        answer = await context._api_request(f"$JS.API.CONSUMER.LIST.{stream}", request.encode(), timeout=API_LIMIT)
+        if missing := answer.get("missing"):
+            raise BrokerError(
+                f"stream {stream}: the brokers do not know the position of {', '.join(map(str, missing))}"
+            )
+        found += [api.ConsumerInfo.from_response(each) for each in answer["consumers"] or []]
+        if not answer["consumers"] or len(found) >= answer["total"]:
+            return found
 
 
 # Errors

@@ -609,7 +609,7 @@ class UplinkProcess:
             self._note_fill(info.config.max_bytes, info.state.bytes)
             storages = {
                 consumer.config.durable_name: consumer.ack_floor.stream_seq if consumer.ack_floor is not None else 0
-                for consumer in await jetstream.retried(lambda: context.consumers_info(self._stream), 0.0)
+                for consumer in await jetstream.retried(lambda: jetstream.all_consumers(context, self._stream), 0.0)
                 if consumer.config.durable_name
             }
             if not storages:
