@@ -187,7 +187,7 @@ def settings(options: argparse.Namespace) -> Settings:
     if not (options.insecure or options.password_file is not None or config.is_loopback(_ip(options.listen))):
         raise ConfigError(
             f"the broker listens at {options.listen}, where everybody could read and write the detector's data: name a "
-            "--password-file, or use --insecure"
+            "password-file, or use --insecure (`insecure = true` in [detector])"
         )
     return Settings(
         options.server_name,

@@ -692,18 +692,21 @@ def serve_shared(
     make: Callable[[Shared], Core],
     signals: Signals,
     about: dict[str, str],
+    keys: KeyStore | None,
     *,
     standby: bool,
 ) -> None:
     """Run a core, made by `make`, whenever it has the lease, until a signal comes.
 
-    Without `standby` it ends when another core has the lease: with ConfigError.
+    While another core has it, processes of the same user on this host find the key for that core. Without `standby`
+    it ends when another core has the lease: with ConfigError.
     """
     from larpixdaq.stream.lease import Lease  # late, because other cores need none
 
     while not signals.stop:
         with contextlib.closing(Lease(bucket, "core", seconds=_LEASE, about=about)) as lease:
-            term = _await_term(lease, signals, about, standby=standby)
+            with contextlib.ExitStack() as stack:
+                term = _await_term(lease, signals, about, keys, stack, standby=standby)
             if term is None:
                 return
             with contextlib.closing(make(Shared(bucket, lease, term))) as core:
@@ -716,8 +719,37 @@ def serve_shared(
         _log.error("the core at %s has taken over, this one is on standby", other)
 
 
-def _await_term(lease: Lease, signals: Signals, own: dict[str, str], *, standby: bool) -> int | None:
-    """Wait for the lease, and return the term; None if a signal comes before. ConfigError if waiting makes no sense."""
+def show_active(active: dict[str, str], keys: KeyStore) -> Callable[[], None]:
+    """Write the connection file for the core on another host, whose keys this one has. Returns what removes it."""
+    address = active.get("core", "")
+    path = credentials.connection_file(address)
+    shown = Credentials(address, keys.server.public, *keys.owner, pid=os.getpid())
+    try:
+        credentials.write(path, shown)
+    except FileError as error:
+        _log.error("connection file: %s; components and Operators here do not find the key of the active core", error)
+
+    def remove() -> None:
+        with contextlib.suppress(OSError):
+            if credentials.read(path) == shown:
+                path.unlink()
+
+    return remove
+
+
+def _await_term(
+    lease: Lease,
+    signals: Signals,
+    own: dict[str, str],
+    keys: KeyStore | None,
+    stack: contextlib.ExitStack,
+    *,
+    standby: bool,
+) -> int | None:
+    """Wait for the lease, and return the term; None if a signal comes before. ConfigError if waiting makes no sense.
+
+    `stack` gets what is to be undone after the wait.
+    """
     began, said = time.monotonic(), ""
     poller = zmq.Poller()
     for descriptor in (lease.fileno(), signals.fileno()):
@@ -741,6 +773,9 @@ def _await_term(lease: Lease, signals: Signals, own: dict[str, str], *, standby:
             if where != said:
                 _log.warning("on standby: %s is active", where)
                 said = where
+                stack.close()
+                if keys is not None and other.get("host", "") != own["host"]:  # there the active core does it
+                    stack.callback(show_active(other, keys))
         elif lease.problem and lease.problem != said:
             said = lease.problem
             _log.error("the lease of the active core cannot be had: %s", said)
@@ -778,7 +813,7 @@ def main(argv: list[str] | None = None) -> int:
 
         bucket = Bucket(brokers, f"larpixdaq core {about['core']}")
         with contextlib.closing(bucket), Signals() as signals:
-            serve_shared(bucket, make, signals, about, standby=args.standby)
+            serve_shared(bucket, make, signals, about, store, standby=args.standby)
 
     return run_main(run, log_level=args.log_level)
 

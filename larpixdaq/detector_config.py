@@ -300,6 +300,9 @@ class DetectorConfig:
                 options["standby"] = True
                 if "stream" not in options:
                     self.fail(("standby",), "needs the brokers of a table [brokers], or stream in [detector]")
+                if program.table == "standby" and host == self.core_host:
+                    where = f"on {host!r}" if host else "on this one"
+                    self.fail(("standby", "host"), f"expected another host than that of the core, which is {where}")
         elif program.table == "producers":
             options.update(self._board_options(keys, table))
             if routines := [*table.get("routines", []), *self.routines.directories]:
@@ -319,6 +322,9 @@ class DetectorConfig:
                 self.fail(("brokers", "hosts"), f"host {host!r} twice")
         if len(hosts) % 2 == 0:
             self.fail(("brokers", "hosts"), f"expected an odd number, because a majority decides, found {len(hosts)}")
+        replicas = str(self._file.brokers.get("stream-replicas", ""))
+        if replicas.isdecimal() and int(replicas[:9]) > len(hosts):
+            self.fail(("brokers", "stream-replicas"), f"expected at most the {len(hosts)} brokers, found {replicas}")
         return hosts
 
     def _broker(self, host: str) -> dict[str, Any]:

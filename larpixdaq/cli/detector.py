@@ -228,6 +228,15 @@ def _check_keys(file: DetectorConfig, host: str) -> None:
         return
     core = file.core_address(host)
     if missing := [name for name in file.members(host) if credentials.find(core, name) is None]:
+        for name in missing:
+            others = [other for other in file.hosts if other not in (host, file.core_host)]
+            if elsewhere := [other for other in others if name in file.members(other)]:
+                path = credentials.joined_file(core.partition(",")[0], name)
+                raise ConfigError(
+                    f"{host} has no key for {name}, which {' and '.join(elsewhere)} runs too, and a name has one key: "
+                    f"if that host has joined, copy {path.name} from there to {path} (scp -p); otherwise "
+                    f"`larpixdaq keys invite {file.path.name} --host {host}` on {file.core_host} makes a token"
+                )
         raise ConfigError(
             f"{host} has no keys for {', '.join(missing)}: `larpixdaq keys invite {file.path.name} --host {host}` on "
             f"{file.core_host} makes a token for `larpixdaq keys join` here"

@@ -74,7 +74,9 @@ def fetch(options: argparse.Namespace) -> int:
         producers = asyncio.run(producers_of_run(brokers, "larpixdaq fetch", options.run))
         if not producers:
             raise BrokerError(f"run {options.run}: the brokers have no messages of it")
-        found = _write(options.run, producers, directory, brokers)
+        found = survey_run(directory, options.run, "")
+        if not (is_good(found) and {end.producer for end in found.ends}.issuperset(producers)):
+            found = _write(options.run, producers, directory, brokers)
     _show(found, producers, as_json=options.json)
     return 0 if is_good(found) else 1
 

@@ -200,8 +200,9 @@ class CoreConnection:
             return
         if now < self._obstacle_due and failure != "key":
             return
-        if not error and self._client is None and credentials.listens(self.core):
-            error = credentials.missing(self.core, self._component)
+        if not error and self._client is None:
+            listening = next(filter(credentials.listens, self._addresses), None)
+            error = credentials.missing(listening, self._component) if listening is not None else ""
         elif not error and failure:
             error = credentials.refused(self.core, previous, failure)
         if not error and self._client is not None:

@@ -61,8 +61,8 @@ TEMPORARY: Final = (10004, 10008, 10009, 10118)
 _MEANINGS: Final = {
     10004: "a broker of the cluster is missing",
     10005: "there are too few brokers for the replicas of the stream",
-    10008: "the brokers elect a leader",
-    10009: "the brokers elect a leader",
+    10008: "the brokers have no leader yet: most of them must be there, and then elect one",
+    10009: "the brokers have no leader yet: most of them must be there, and then elect one",
     10023: "the brokers have no room for the stream",
     10028: "the account of the brokers has no room for the stream",
     10039: "JetStream is not enabled for this account",
@@ -72,7 +72,7 @@ _MEANINGS: Final = {
     10074: "a single broker keeps one replica only",
     10076: "the broker has no JetStream",
     10077: "the stream is full",
-    10118: "the brokers elect a leader",
+    10118: "the brokers have no leader yet: most of them must be there, and then elect one",
 }
 
 

@@ -362,7 +362,8 @@ class Bucket:
             return future.result(limit)
         except concurrent.futures.TimeoutError:
             future.cancel()
-            raise BrokerError(f"bucket {self.name}: the brokers do not answer (waited {limit:g} s)") from None
+            asked = f"the brokers {self._brokers} do not answer"
+            raise BrokerError(f"bucket {self.name}: {asked} (waited {limit:g} s)") from None
 
     def close(self) -> None:
         """Close the connection, and end the thread; a second call has no effect."""

@@ -132,6 +132,7 @@ def test_a_storage_waits_on_further_hosts(tmp_path: Path) -> None:
         ('"1GiB"', '"1 EiB"', "10: brokers.limit: size '1 EiB': expected a number and one of"),
         ("[producers", "port = 5551\n[producers", "6: brokers: port 5551 is that of core.address (default)"),
         ("[producers", "port = 6222\n[producers", "6: brokers: port 6222 is that of brokers"),
+        ("replicas = 3", "replicas = 5", "13: brokers.stream-replicas: expected at most the 3 brokers, found 5"),
         ('stream-size = "1GiB"', 'stream-size = "1 EiB"', "12: brokers.stream-size: size '1 EiB': expected a"),
         ("[producers", "port = 65536\n[producers", "14: brokers.port: expected a port from 1 to 65535, found 65536"),
         ("[hosts.rack1]", "[detector]\nstream = 'nats://a'\n[hosts.rack1]", "2: detector.stream: the brokers of"),

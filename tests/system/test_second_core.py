@@ -15,11 +15,12 @@ from processes import LIMIT, Process, free_port, until
 from system import System, rows_of
 
 from larpixdaq.cli.detector import PROGRAMS
-from larpixdaq.core import Core
+from larpixdaq.core import Core, show_active
 from larpixdaq.detector_config import DetectorConfig
 from larpixdaq.errors import ComponentError, ConfigError, NoCore
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.keys import credentials
+from larpixdaq.keys.key_store import KeyStore
 from larpixdaq.operator import Operator
 
 #: Seconds until the second core has taken over a run, with what a busy test machine adds to 15.
@@ -229,6 +230,10 @@ def test_configuration_file_names_the_second_core(tmp_path: Path) -> None:
 def test_second_core_without_brokers_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"detector.toml:5: standby: needs the brokers of a table \[brokers\], or"):
         load(tmp_path, CONFIGURATION.replace('stream = "nats://10.0.0.3"', ""))
+    with pytest.raises(
+        ConfigError, match=r"detector.toml:6: standby.host: expected another host than that of the core"
+    ):
+        load(tmp_path, CONFIGURATION.replace('[standby]\nhost = "daq2"', '[standby]\nhost = "daq1"'))
 
 
 def test_key_of_one_core_is_found_for_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +243,19 @@ def test_key_of_one_core_is_found_for_both(tmp_path: Path, monkeypatch: pytest.M
     assert credentials.find("tcp://10.0.0.1:5551,tcp://10.0.0.2:5551", "north") == own
     assert credentials.find("tcp://10.0.0.2:5551,tcp://10.0.0.1:5551", "north") == own
     assert credentials.find("tcp://10.0.0.2:5551", "north") is None
+
+
+def test_user_on_the_host_of_the_standby_finds_the_key_of_the_active_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    keys = KeyStore(tmp_path)
+    remove = show_active({"core": "tcp://10.0.0.1:5551"}, keys)
+    found = credentials.find("tcp://10.0.0.2:5551,tcp://10.0.0.1:5551")
+    assert found is not None
+    assert (found.server, found.pair) == (keys.server.public, keys.owner)
+    remove()
+    assert credentials.find("tcp://10.0.0.2:5551,tcp://10.0.0.1:5551") is None
 
 
 def test_operator_goes_to_the_address_that_answers(running: Core) -> None:
