@@ -243,9 +243,8 @@ def _producer(status: ProducerStatus) -> list[str]:
     if status.inherited:
         parts.append(f"{status.inherited} blocks of its predecessor pending")
     if (uplink := status.uplink) is not None:
-        waiting = uplink.messages - uplink.acknowledged_messages
         text = f"{uplink.acknowledged_messages} messages ({size(uplink.acknowledged_bytes)}) at the brokers"
-        parts.append(f"{text}, {waiting} on their way" if waiting > 0 and uplink.connected else text)
+        parts.append(f"{text}, {uplink.in_flight} on their way" if uplink.in_flight and uplink.connected else text)
         if uplink.fill is not None:
             parts.append(f"their stream {uplink.fill:.0%} full")
         if not uplink.connected:

@@ -60,7 +60,7 @@ ID_IN_PROCESS: Final = 10158
 TEMPORARY: Final = (10004, 10008, 10009, 10118)
 _MEANINGS: Final = {
     10004: "a broker of the cluster is missing",
-    10005: "there are too few brokers for the replicas of the stream",
+    10005: "there are too few brokers with room for the stream",
     10008: "the brokers have no leader yet: most of them must be there, and then elect one",
     10009: "the brokers have no leader yet: most of them must be there, and then elect one",
     10023: "the brokers have no room for the stream",

@@ -250,6 +250,7 @@ class UplinkProcess:
     async def _report(self) -> None:
         while True:
             with contextlib.suppress(OSError):
+                self.status.in_flight = len(self._in_flight)
                 self._sock.send(encode_report(Report(self.status)))
             await asyncio.sleep(REPORT_INTERVAL)
 

@@ -159,7 +159,8 @@ def test_what_a_producer_has_at_the_brokers():
         found = BOARD | {"run": None, "unknown": 0, "owed_blocks": 0, "finished": False, "uplink": uplink}
         return {"state": "STOP", "components": [component("A", "producer", {"source": "x"}, found)]}
 
-    counts = {"messages": 12, "bytes": 2_000_000, "acknowledged_messages": 10, "acknowledged_bytes": 1_500_000}
+    counts = {"messages": 15, "in_flight": 2}
+    counts |= {"bytes": 2_000_000, "acknowledged_messages": 10, "acknowledged_bytes": 1_500_000}
     good = status(connected=True, fill=0.25, **counts)
     assert display.status_lines(good)[1].endswith(
         "; 10 messages (1.5 MB) at the brokers, 2 on their way; their stream 25% full"
