@@ -68,6 +68,10 @@ class Model(RuleBasedStateMachine):
             self.state = "READY" if phase == "READY" else "RUN"
             if phase == "ENDING":
                 self.resumed_end_since = self.world.now
+        if self.candidate is not None:
+            run = self.world.catalogue.find(self.candidate[0])
+            if {*run.producers, *run.storages} <= self.world.peers.components.keys():  # all of them outside of it
+                self.candidate = None
 
     @initialize(steps=st.sampled_from([2, 2, 1, 0]))
     def begin(self, steps):
