@@ -75,12 +75,7 @@ class Storage:
         self._downlink: Downlink | None = None
         if brokers is not None:
             self._info["brokers"] = str(brokers)
-            self._turn_of_name = Turn(brokers, name, standby=options.standby)
-            self._downlink = Downlink(
-                name, "all", brokers,
-                directory=self.directory, newest_run=self.service.newest_run, has_run=self.service.has_run,
-                holds=self._turn_of_name.holds,
-            )  # fmt: skip
+            self._turn_of_name, self._downlink = self._at_brokers(brokers, options)
         self.node = Node(
             name,
             "storage",
@@ -112,10 +107,17 @@ class Storage:
         from larpixdaq.stream.downlink import Downlink
 
         service, name = self.service, options.name
+        turn = Turn(brokers, name, standby=options.standby)
         downlink = Downlink(
-            name, "all", brokers, directory=self.directory, newest_run=service.newest_run, has_run=service.has_run
+            name,
+            "all",
+            brokers,
+            directory=self.directory,
+            newest_run=service.newest_run,
+            has_run=service.has_run,
+            holds=turn.holds,
         )
-        return Turn(brokers, name, standby=options.standby), downlink
+        return turn, downlink
 
     def run(self, signals: Signals) -> None:
         """Write and acknowledge blocks until a signal comes."""
