@@ -59,6 +59,8 @@ MAX_UNACKNOWLEDGED: Final = 1024
 #: Seconds between two signs of life of a consumer at the brokers, and without one after which it is made anew.
 HEARTBEAT: Final = 1.0
 SILENT_AFTER: Final = 3.0
+#: Seconds without a message between two looks whether the stream has further ones, which then should have come.
+LOOK_INTERVAL: Final = 2.0
 #: Seconds after which a request for messages that found none is made again.
 REQUEST_LIMIT: Final = 30.0
 #: Seconds after which the brokers would send a message without acknowledgement again. A reader begins anew instead.
@@ -434,6 +436,8 @@ class StreamReader:
         self._unacknowledged: deque[_Unacknowledged] = deque()
         self._runs: set[int] = set()  # that are to be read from their first message
         self._delivery = 0  # messages that the present consumer has sent
+        self._look_at = 0.0  # monotonic time of the next look at the stream, if no message comes before
+        self._missed: int | None = None  # the next message at the last look, if the stream had it
         self._generation = 0
         self._unpacker = Unpacker(producer)
         self._sample = Sample()
@@ -556,6 +560,7 @@ class StreamReader:
         self._unacknowledged = deque(entry._replace(reply="") for entry in self._unacknowledged)
         self._client, self._consumer = client, made.name
         self._requested = self._delivery = 0
+        self._put_off_look()
         self.request_more()
 
     async def _config(self, context: JetStreamContext, info: StreamInfo) -> ConsumerConfig:
@@ -640,12 +645,42 @@ class StreamReader:
             if status in ("404", "408"):  # a request has ended
                 self._requested = max(0, self._requested - int(headers.get("Nats-Pending-Messages", WINDOW)))
                 self.request_more()
-            elif status != "100":
+            elif status == "100":
+                await self._look()
+            else:
                 raise _Lost(f"{status} {headers.get('Description', '')}")
             return
         self._requested = max(0, self._requested - 1)
         await self._take(message, generation)
+        self._put_off_look()
         self.request_more()
+
+    def _put_off_look(self) -> None:
+        self._look_at, self._missed = time.monotonic() + LOOK_INTERVAL, None
+
+    async def _look(self) -> None:
+        """Begin again when requested messages that the stream has do not come. Called at each sign of life.
+
+        Each consumer has its own leader among the brokers. One that stood still for a time may know nothing of newer
+        messages for minutes, though it gives signs of life. The leader of the stream knows them.
+        """
+        if time.monotonic() < self._look_at or self._expected is None or self._client is None:
+            return
+        if not self._requested or len(self._unacknowledged) >= MAX_UNACKNOWLEDGED:
+            self._put_off_look()
+            return
+        self._look_at = time.monotonic() + LOOK_INTERVAL
+        last = self._last
+        if last is None:
+            info = await self._client.jetstream(timeout=jetstream.API_LIMIT).stream_info(self.stream)
+            last = info.state.last_seq
+        if last < self._expected:
+            self._missed = None
+        elif self._missed == self._expected:
+            log.warning("the stream of %s: the broker that sends it lags behind the others: read anew", self.producer)
+            raise _Lost("a broker lags behind")
+        else:
+            self._missed = self._expected
 
     async def _take(self, message: Msg, generation: int) -> None:
         """Take a message of the stream: the next one, or one that came before."""
