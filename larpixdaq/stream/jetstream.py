@@ -406,11 +406,15 @@ async def close(client: Client) -> None:
     """Close a connection; what the broker does not take within a second is not sent any more."""
     import asyncio
 
+    closed = False
     try:
-        await asyncio.wait_for(client.close(), 1.0)
-    except Exception:
-        with contextlib.suppress(Exception):  # nats-py has no other way than to wait for the broker
-            client._transport._bare_io_writer.transport.abort()  # type: ignore[union-attr]
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(client.close(), 1.0)
+            closed = True
+    finally:  # also in a task that is cancelled
+        if not closed:
+            with contextlib.suppress(Exception):  # nats-py has no other way than to wait for the broker
+                client._transport._bare_io_writer.transport.abort()  # type: ignore[union-attr]
     await asyncio.sleep(0)  # the loop, which may end after this, closes the socket in its next turn
 
 

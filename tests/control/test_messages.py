@@ -221,6 +221,7 @@ def test_messages_are_received_in_one_place():
         "sources/io_class_child.py",
         "emulators/board.py",
         "storage/convert.py",
+        "stream/uplink_child.py",
     }
 
 

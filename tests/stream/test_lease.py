@@ -156,7 +156,10 @@ def test_never_two_holders(tmp_path):
                 holder.process.send_signal(signal.SIGCONT)
         if away is not None:
             (three.resume if away[1] == "broker stands still" else three.start)(away[0])
-        until(lambda: sum(holder.lines[-1][1] > 0 for holder in holders[:3]) == 1, "one holder in the end")
+        def active() -> int:
+            return sum(bool(holder.lines and holder.lines[-1][1]) for holder in holders[:3])
+
+        until(lambda: active() == 1, "one holder in the end")
     terms = {}
     for holder in holders:
         for when, term in holder.lines:

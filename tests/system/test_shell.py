@@ -119,6 +119,9 @@ def test_a_run_by_typing(line, terminal):
     shell.type("')\r")
     shell.wait_for("levels  Offline storage INFO")
     shell.type("o.begin_run().result(10)\r")
+    shell.wait_for("Out[3]:")
+    until(lambda: operator.state().result(LIMIT) == "RUN", "the run")
+    shell.type("\x0c")  # draws the line of the state as a whole, of which only what has changed was sent
     shell.wait_for(f"RUN {number}")
     until(lambda: operator.packet_rate(channels=False).result(LIMIT)["packets"] > 1000, "packets")
     shell.type("o.adc_histogram(io_group=1)\r")

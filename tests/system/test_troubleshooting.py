@@ -29,6 +29,8 @@ EXPLAINED = re.compile(
 #: the eyes of a user, or it gets a row on the page.
 READ = set(
     """
+a broker lags behind
+stream …: the brokers do not know the position of …
 Already listening
 Already not listening
 a webhook has exactly one of url, url-file and url-env
