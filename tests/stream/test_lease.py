@@ -156,6 +156,7 @@ def test_never_two_holders(tmp_path):
                 holder.process.send_signal(signal.SIGCONT)
         if away is not None:
             (three.resume if away[1] == "broker stands still" else three.start)(away[0])
+
         def active() -> int:
             return sum(bool(holder.lines and holder.lines[-1][1]) for holder in holders[:3])
 
