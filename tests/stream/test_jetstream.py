@@ -197,7 +197,7 @@ def test_a_server_that_is_no_broker(greeting: bytes) -> None:
         assert address in refusal(f"nats://{address}")
 
 
-@pytest.mark.parametrize("version", ["2.10.29", "1.0.0", "next"])
+@pytest.mark.parametrize("version", ["2.12.8", "1.0.0", "next"])
 def test_an_old_broker_is_refused(version: str) -> None:
     with listener(info(version)) as (address, _):
         assert "version" in refusal(f"nats://{address}").lower()
