@@ -25,6 +25,8 @@ from larpixdaq.protocol.stream import Block, BlockOrigin, End
 from larpixdaq.stream import downlink
 from larpixdaq.stream.downlink import WINDOW, Downlink
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(scope="module")
 def one() -> Iterator[Brokers]:

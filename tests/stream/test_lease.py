@@ -16,6 +16,8 @@ from larpixdaq.errors import BrokerError, RevisionConflict
 from larpixdaq.stream.jetstream import Brokers, parse_servers
 from larpixdaq.stream.lease import MARGIN, SECONDS, Bucket, Lease, clock
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(scope="module")
 def broker():

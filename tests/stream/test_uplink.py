@@ -27,6 +27,8 @@ from larpixdaq.stream import jetstream, publisher
 from larpixdaq.stream.jetstream import Settings
 from larpixdaq.stream.uplink import Uplink, uplink_name
 
+pytestmark = pytest.mark.cluster
+
 SETTINGS = Settings(1, 1 << 28, 3600.0)
 
 

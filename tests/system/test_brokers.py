@@ -25,6 +25,8 @@ from larpixdaq.errors import ConfigError, LarpixDaqError
 from larpixdaq.runtime.launcher import read_running, start_time
 from larpixdaq.stream.jetstream import retried
 
+pytestmark = pytest.mark.cluster
+
 HOSTS = """\
 [hosts.rack1]
 address = "10.0.0.1"

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from kill_cluster import KINDS, cluster
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.mark.timeout(240)
 def test_a_run_over_brokers_is_complete_after_kills_of_each_kind(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from larpixdaq.protocol.stream_messages import ID, Identity
 from larpixdaq.runtime.launcher import command
 from larpixdaq.stream.jetstream import stream_name
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(scope="module")
 def one() -> Iterator[Brokers]:
