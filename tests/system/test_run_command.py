@@ -122,7 +122,8 @@ def test_a_second_signal_aborts_the_run(line: System) -> None:
 
         until(aborts, "abort_run")
         line.processes["offline_storage"].popen.send_signal(signal.SIGCONT)
-        assert command.wait(3 * LIMIT) == 130
+        # The last signal may come when the command has done its work, and Python ends.
+        assert command.wait(3 * LIMIT) in (130, -signal.SIGINT)
     assert command.stdout.startswith("run 1: ABORTED, ")
     assert "nobody looked" not in command.stderr
 
