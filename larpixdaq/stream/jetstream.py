@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
+from larpixdaq.config import BROKER_PORT
 from larpixdaq.errors import BrokerError, ConfigError, FileError, LarpixDaqError, UsageError, cause
 from larpixdaq.runtime.file_access import open_private
 from larpixdaq.runtime.units import duration, parse_duration, parse_size, parse_whole, size
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from nats.js.errors import APIError
 
 _T = TypeVar("_T")
-PORT: Final = 4222
 #: The user of all components, at brokers with a password in a file.
 USER: Final = "larpixdaq"
 _LARGEST_PASSWORD: Final = 1024
@@ -45,8 +45,8 @@ RETRY_INTERVAL: Final = 0.25
 _PING_INTERVAL: Final = 2
 #: Seconds in which a broker knows the id of a message again.
 _DUPLICATE_WINDOW: Final = 120.0
-#: Oldest version of a broker that has what is used here.
-_OLDEST: Final = (2, 14)
+#: Oldest version of a broker. Consumers of 2.12 begin at other positions than those of 2.14.
+OLDEST: Final = (2, 14)
 #: The client holds no more than the messages in flight, so that it never waits for the network.
 _PENDING_BYTES: Final = 128 << 20
 #: Error codes of JetStream.
@@ -127,7 +127,7 @@ def parse_servers(text: str) -> tuple[str, ...]:
             raise UsageError(f"broker {hide_password(entry)!r}: expected HOST[:PORT], an IPv6 address as in [::1]:4222")
         login = given or login
         shown = f"[{host}]" if host is not None and ":" in host else host
-        found.append(f"{scheme}://{login + '@' if login else ''}{shown}:{port or PORT}")
+        found.append(f"{scheme}://{login + '@' if login else ''}{shown}:{port or BROKER_PORT}")
     if len(set(found)) != len(found):
         raise UsageError(f"brokers {hide_password(text)!r}: one of them is named twice")
     return tuple(found)
@@ -183,7 +183,8 @@ def add_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     """Add --stream and the options to log in. `what`: says what the process does with the brokers."""
     parser.add_argument(
         "--stream", metavar="BROKERS",
-        help=f"NATS JetStream, {what}: nats://HOST[:PORT],HOST,... (port {PORT} by default; needs the extra cluster)",
+        help=f"NATS JetStream, {what}: nats://HOST[:PORT],HOST,... (port {BROKER_PORT} by default; needs the extra "
+        "cluster)",
     )  # fmt: skip
     parser.add_argument(
         "--stream-credentials", metavar="FILE", default="",
@@ -373,10 +374,8 @@ async def _connect(brokers: Brokers, server: str, name: str, lost: Callable[[str
         )
         version = client.connected_server_version
         found = version.major or 0, version.minor or 0
-        if found < _OLDEST:
-            raise BrokerError(
-                f"it has version {'.'.join(map(str, found))}, expected at least {_OLDEST[0]}.{_OLDEST[1]}"
-            )
+        if found < OLDEST:
+            raise BrokerError(f"it has version {'.'.join(map(str, found))}, expected at least {OLDEST[0]}.{OLDEST[1]}")
     except asyncio.CancelledError:
         await close(client)
         raise
