@@ -117,11 +117,7 @@ def test_every_frame_once_in_order_and_acknowledged_after_the_storage(
 def test_a_storage_that_has_skipped_frames_gets_all_that_is_not_acknowledged_again(
     one: Brokers, tmp_path: Path, stack: contextlib.ExitStack
 ) -> None:
-    log = StreamLog(one, a_producer())
-    feed = feed_of(log)
-    link = storage(one, tmp_path, stack)
-    link.connect([log.producer])
-    link.begin(1, [])
+    log, feed, link = begun(one, tmp_path, stack)
     taker = Taker(link, acknowledge=False)
     log.publish(feed, *([block] for block in blocks(feed, *[10] * 6)))
     taker.wait(6)
@@ -135,6 +131,15 @@ def test_a_storage_that_has_skipped_frames_gets_all_that_is_not_acknowledged_aga
 
 def feed_of(log: StreamLog, run: int = 1, epoch: int = 7) -> Feed:
     return Feed(run, log.producer, epoch)
+
+
+def begun(made: Brokers, folder: Path, stack: contextlib.ExitStack) -> tuple[StreamLog, Feed, Downlink]:
+    """Return a new stream, a feed for its run 1, and a storage that reads this run."""
+    log = StreamLog(made, a_producer())
+    link = storage(made, folder, stack)
+    link.connect([log.producer])
+    link.begin(1, [])
+    return log, feed_of(log), link
 
 
 def test_a_restarted_storage_continues_after_what_it_has_acknowledged(
@@ -227,11 +232,7 @@ def test_a_broker_that_is_killed_and_started_again(tmp_path: Path, stack: contex
 def test_damaged_messages_are_named_and_nothing_else_is_lost(
     one: Brokers, tmp_path: Path, stack: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log = StreamLog(one, a_producer())
-    feed = feed_of(log)
-    link = storage(one, tmp_path, stack)
-    link.connect([log.producer])
-    link.begin(1, [])
+    log, feed, link = begun(one, tmp_path, stack)
     taker = Taker(link)
     with caplog.at_level(logging.WARNING):
         first, second, third = blocks(feed, 10, 200, 10)
@@ -261,11 +262,7 @@ def stream_data(frame: Any) -> bytes:
 def test_messages_that_the_stream_has_no_more_are_named(
     one: Brokers, tmp_path: Path, stack: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log = StreamLog(one, a_producer())
-    feed = feed_of(log)
-    link = storage(one, tmp_path, stack)
-    link.connect([log.producer])
-    link.begin(1, [])
+    log, feed, link = begun(one, tmp_path, stack)
     log.publish(feed, *([block] for block in blocks(feed, *[10] * (WINDOW + 8))))
     until(lambda: link.queued == WINDOW, "as many as may wait")
     log.purge(WINDOW + 4)
