@@ -19,6 +19,8 @@ from posix.mman cimport MAP_FAILED, MAP_FIXED, MAP_SHARED, PROT_READ, PROT_WRITE
 from row_structs cimport (BAD_PARITY, DROPPED, INFO_ROWS, N_COUNTS, PACKETS, REJECTED_WORDS, SENT_ROWS, TIME_ROWS, UNKNOWN_WORDS,
                           WORD_ROWS, checked_byte, uint8_t, uint16_t, uint32_t, uint64_t)
 
+from mmap import mmap as mapped_memory
+
 import numpy as np
 
 cdef extern from *:
@@ -127,14 +129,16 @@ BLOCK, INFO, END = 1, 2, 3
 assert sizeof(Descriptor) == 64
 
 
-def map_file(const uint8_t[::1] memory, int file):
+def map_file(memory, int file):
     """Map a file over `memory`, an mmap.mmap of the file's size: at the same address, shared, readable and writable.
 
-    All views of the memory show the file's content afterwards. OSError when the file cannot be mapped.
+    All views of the memory show the file's content afterwards. OSError when the file cannot be mapped. ValueError for
+    memory of another kind, which may hold other objects too.
     """
-    if memory.shape[0] < 4096 or <size_t>&memory[0] % 4096:
-        raise ValueError(f"expected the memory of an mmap.mmap, found {memory.shape[0]} other bytes")
-    if mmap(<void*>&memory[0], memory.shape[0], PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) == MAP_FAILED:
+    if not isinstance(memory, mapped_memory):
+        raise ValueError(f"expected the memory of an mmap.mmap, found {type(memory).__name__}")
+    cdef const uint8_t[::1] view = memory
+    if mmap(<void*>&view[0], view.shape[0], PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) == MAP_FAILED:
         PyErr_SetFromErrno(OSError)
 
 

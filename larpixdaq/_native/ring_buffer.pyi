@@ -1,6 +1,7 @@
 """The ring: an arena of rows and headers, a queue of block descriptors, and ledger counters, in one shared file."""
 
 from collections.abc import Sequence
+from mmap import mmap
 from typing import Any, final
 
 import numpy as np
@@ -12,7 +13,7 @@ BLOCK: int
 INFO: int
 END: int
 
-def map_file(memory: Any, file: int) -> None: ...
+def map_file(memory: mmap, file: int) -> None: ...
 
 @final
 class Ring:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -192,8 +193,12 @@ def test_the_ring_s_new_file_holds_all_of_it(tmp_path: Path) -> None:
 
 
 def test_only_mapped_memory_is_replaced(tmp_path: Path) -> None:
-    with open(tmp_path / "file", "w+b") as file, pytest.raises(ValueError, match="expected the memory of an mmap"):
-        map_file(bytearray(SMALLEST), file.fileno())
+    """Also not memory of a whole page that something else has."""
+    with mmap.mmap(-1, SMALLEST) as owner, open(tmp_path / "file", "w+b") as file:
+        for memory in (bytearray(SMALLEST), memoryview(owner), np.frombuffer(owner, np.uint8)):
+            with pytest.raises(ValueError, match=r"expected the memory of an mmap\.mmap, found"):
+                map_file(memory, file.fileno())
+        del memory
 
 
 def test_a_ring_without_a_new_file_is_reported_and_kept_in_the_spool_directory_at_the_end(
