@@ -59,6 +59,12 @@ class System:
         self.processes[key] = self._stack.enter_context(process)
         return process
 
+    def launch_refused(self, module: str, *arguments: object) -> Process:
+        """Start a process that refuses to work, and wait for its end. It does not become one of the system's."""
+        process = self.launch(module, *arguments, key="refused")
+        process.wait()
+        return self.processes.pop("refused")
+
     def restart(self, key: str) -> Process:
         """Start the last process of this key again, with the same arguments and ports."""
         module, arguments = self._commands[key]

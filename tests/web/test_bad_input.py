@@ -288,7 +288,7 @@ def test_private_files_of_others_are_refused(line: System, operator: Operator) -
         (lambda: os.chmod(sessions, 0o644), "mode 600"),
     ):
         damage()
-        refused = line.launch("web", "--core", line.core, "--address", f"127.0.0.1:{viewer.port}", key="refused")
+        refused = line.launch_refused("web", "--core", line.core, "--address", f"127.0.0.1:{viewer.port}")
         assert refused.wait() == 1
         assert what in refused.stderr
         assert refused.stderr.count("\n") == 1
@@ -312,14 +312,14 @@ def test_private_files_of_others_are_refused(line: System, operator: Operator) -
     ],
 )
 def test_options_that_cannot_work(line: System, options: tuple[str, ...], text: str) -> None:
-    process = line.launch("web", *options, key="refused")
+    process = line.launch_refused("web", *options)
     assert process.wait() == (1 if "cannot listen" in text else 2)
     assert text in process.stderr
     assert process.stderr.count("\n") == 1
 
 
 def test_the_port_is_in_use(line: System, viewer: Viewer) -> None:
-    process = line.launch("web", "--core", line.core, "--address", f"127.0.0.1:{viewer.port}", key="refused")
+    process = line.launch_refused("web", "--core", line.core, "--address", f"127.0.0.1:{viewer.port}")
     assert process.wait() == 1
     assert f"port {viewer.port}: Address already in use" in process.stderr
 
