@@ -48,6 +48,9 @@ class Trials:
         self._pool = ThreadPoolExecutor(jobs)
         self._running: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
+        # pytest changes this process's environment between its tests. A child that is just started in another thread
+        # would read it at that moment ("Bad address").
+        self._environment = dict(os.environ)
 
     def submit(self, row: str, seed: int) -> Future[Outcome]:
         return self._pool.submit(self._run, row, seed)
@@ -70,6 +73,7 @@ class Trials:
                 stderr=subprocess.PIPE,
                 text=True,
                 start_new_session=True,
+                env=self._environment,
             )
             with self._lock:
                 self._running.add(process)
