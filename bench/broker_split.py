@@ -1,16 +1,18 @@
-"""The pause of a run when one of three brokers does not answer for 20 s: one that leads the producer's stream, or not.
+"""The pause of a run while the network of one of three brokers is cut for 20 s.
 
     python bench/broker_split.py [--seconds S] [--rate R] [--rounds N] [--update docs/cluster.md] [--json]
 
-A producer with emulated packets (--fake), a storage and three real brokers. The broker is stopped (SIGSTOP), so that
-its connections stay open and nothing comes from it, as behind a cut network. The pause is the longest time in which the
-storage took no row. At the end the blocks in the files are counted. The exit status is 1 when a block is missing or
-there twice.
+A producer with emulated packets (--fake) and a storage on one host, and three real brokers each on its own host; hosts
+are network namespaces, so that this needs root. A broker that leads the producer's stream, or does not, is cut off from
+all hosts, or from the other brokers only, so that clients still reach it. Connections stay open, and nothing passes.
+The pause is the longest time in which the storage took no row. At the end the blocks in the files are counted. The exit
+status is 1 when a block is missing or there twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -20,6 +22,7 @@ from typing import Any
 
 from common import argument_parser, temporary_system, update, with_source  # isort: skip  finds the others
 from brokers import Brokers, brokers
+from network import Network, missing_rights
 from processes import LIMIT, until
 from system import System
 
@@ -29,6 +32,14 @@ from larpixdaq.operator import Operator
 from larpixdaq.stream.jetstream import stream_name
 
 MARK = "broker split"
+#: The host of producer and storage, and those of the brokers.
+CLIENTS, HOSTS = "daq", ("broker-0", "broker-1", "broker-2")
+#: What is cut: whether it is the leader of the producer's stream, and whether clients still reach it.
+CUTS = {
+    "follower": (False, False),
+    "leader": (True, False),
+    "leader, from the brokers only": (True, True),
+}
 
 
 def taken(operator: Operator) -> int:
@@ -78,37 +89,37 @@ def blocks_of(files: list[str]) -> tuple[int, int]:
     return sum(following.values()) - len(found), sum(many - 1 for many in found.values())
 
 
-def split(line: System, made: Brokers, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Stop one broker after the other, in one run. Returns a line for each, and one for the run."""
+def split(line: System, made: Brokers, net: Network, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Cut off one broker after the other, in one run. Returns a line for each, and one for the run."""
     line.launch_core()
     line.launch_storage("--stream", made.urls)
     operator = line.start(
-        "--fake",
-        options.rate,
-        "--stream",
-        made.urls,
-        "--stream-size",
-        "4GiB",
-        "--name",
-        "board",
-        "--spool-limit",
-        "2GiB",
-    )
+        "--fake", options.rate, "--stream", made.urls, "--stream-size", "4GiB", "--name", "board",
+        "--spool-limit", "2GiB",
+    )  # fmt: skip
     begin(operator)
     found: list[dict[str, Any]] = []
     for _ in range(options.rounds):
-        for role in ("follower", "leader"):
+        for kind, (of_leader, reached) in CUTS.items():
             leader = made.leader_of(stream_name("board"))
-            stopped = leader if role == "leader" else (leader + 1) % len(made)
-            made.stop(stopped)
+            alone = leader if of_leader else (leader + 1) % len(made)
+            others = [host for host in HOSTS if host != HOSTS[alone]] + ([] if reached else [CLIENTS])
+            for host in others:
+                net.fault(HOSTS[alone], host, cut=True)
             try:
                 pause = longest_pause(operator, options.seconds)
             finally:
-                made.resume(stopped)
-            made.await_ready(stopped, 60.0)
+                for host in others:
+                    net.heal(HOSTS[alone], host)
+            began = time.monotonic()
+            made.await_ready(alone, 120.0)
+            ready = time.monotonic() - began
             after = longest_pause(operator, 5.0)
-            found.append({"stopped": role, "pause": pause, "after": after})
-            print(f"{role}: {pause:.1f} s, and {after:.1f} s after its return", file=sys.stderr, flush=True)
+            found.append({"cut": kind, "pause": pause, "ready": ready, "after": after})
+            print(
+                f"{kind}: {pause:.1f} s; it is ready after {ready:.1f} s, then {after:.1f} s",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
     ended = operator.end_run().result(60)
     missing, doubled = blocks_of(ended["files"])
     found.append({"condition": ended["condition"], "rows": ended["rows"], "missing": missing, "doubled": doubled})
@@ -116,15 +127,15 @@ def split(line: System, made: Brokers, options: argparse.Namespace) -> list[dict
 
 
 def text(found: list[dict[str, Any]], seconds: float) -> str:
-    *stops, run = found
+    *cuts, run = found
     lines = [
-        f"| one broker of three stopped for {seconds:g} s | times | longest pause, s | after its return, s |",
-        "| --- | ---: | --- | --- |",
+        f"| cut off for {seconds:g} s | times | longest pause, s | it has all again after, s | longest pause then, s |",
+        "| --- | ---: | --- | --- | --- |",
     ]
-    for role in ("follower", "leader"):
-        of = [stop for stop in stops if stop["stopped"] == role]
-        spans = [sorted(stop[key] for stop in of) for key in ("pause", "after")]
-        lines.append(f"| {role} | {len(of)} | " + " | ".join(f"{s[0]:.1f} to {s[-1]:.1f}" for s in spans) + " |")
+    for kind in CUTS:
+        of = [cut for cut in cuts if cut["cut"] == kind]
+        spans = [sorted(cut[key] for cut in of) for key in ("pause", "ready", "after")]
+        lines.append(f"| {kind} | {len(of)} | " + " | ".join(f"{s[0]:.1f} to {s[-1]:.1f}" for s in spans) + " |")
     counts = f"{run['rows']:,} rows, {run['missing']} blocks lost, {run['doubled']} doubled"
     return "\n".join([*lines, "", f"Run {run['condition']}: {counts}."])
 
@@ -132,13 +143,20 @@ def text(found: list[dict[str, Any]], seconds: float) -> str:
 def main() -> int:
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--seconds", type=float, default=20.0, metavar="S", help="time for which a broker stands still")
+    add("--seconds", type=float, default=20.0, metavar="S", help="time for which a broker is cut off")
     add("--rate", type=int, default=50_000, metavar="R", help="rows/s (default %(default)d)")
-    add("--rounds", type=int, default=3, metavar="N", help="times that each role is stopped (default %(default)d)")
+    add("--rounds", type=int, default=3, metavar="N", help="times that each cut is made (default %(default)d)")
     add("--update", type=Path, metavar="FILE", help=f"write the result into this document, at the marks '{MARK}'")
     options = parser.parse_args()
-    with brokers(3) as made, temporary_system() as line:
-        found = split(line, made, options)
+    if reason := missing_rights():
+        parser.error(reason)
+    with (
+        contextlib.closing(Network(CLIENTS, *HOSTS)) as net,
+        net.inside(CLIENTS),
+        brokers(len(HOSTS), network=net) as made,
+        temporary_system() as line,
+    ):
+        found = split(line, made, net, options)
     if options.json:
         print(json.dumps(found))
     else:

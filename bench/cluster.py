@@ -42,11 +42,12 @@ from larpixdaq.protocol.packed_rows import PackedRows, RowPacker
 from larpixdaq.protocol.stream import Block
 from larpixdaq.protocol.stream_messages import ID, Unpacker
 from larpixdaq.stream import jetstream
-from larpixdaq.stream.uplink_child import WINDOW
 
 NAME = "LArPix board"
 #: Minimum bytes of a large message; small ones are of the run's begin and end.
 LARGE = 100_000
+#: Messages that the bare client has on their way at a time.
+WINDOW = 32
 #: Seconds between two looks at stream and consumer, each of which takes time of the brokers.
 LOOK = 0.05
 _LENGTH = struct.Struct("<II")

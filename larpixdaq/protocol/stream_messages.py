@@ -21,9 +21,9 @@ from typing import Any, Final, NamedTuple
 from larpixdaq.errors import ProtocolError
 from larpixdaq.protocol.stream import MAX_HEADER, Block, End, unpack_producer
 
-#: Headers of a message: its id; the id after which alone the broker takes it; and the positions of the other origins.
+#: Headers of a message: its id; the sequence after which alone the broker takes it; and the positions of the other
+#: origins.
 ID: Final = "Nats-Msg-Id"
-EXPECTED_ID: Final = "Nats-Expected-Last-Msg-Id"
 EXPECTED_SEQUENCE: Final = "Nats-Expected-Last-Sequence"
 POSITIONS: Final = "Larpixdaq-Positions"
 #: Maximum parts of a frame.

@@ -22,6 +22,7 @@ import hashlib
 import logging
 import math
 import re
+import secrets
 import socket
 import threading
 import time
@@ -73,6 +74,8 @@ ABANDONED_AFTER: Final = 7 * 24 * 3600.0
 ACK_DELAY: Final = 0.05
 #: Seconds between two attempts to connect to the brokers, or to subscribe.
 RETRY_INTERVAL: Final = 0.5
+#: Failures to subscribe after which another broker is tried, because this one may be cut off from the others.
+MAX_FAILURES: Final = 2
 #: Maximum number of blocks that wait for a monitor; further ones are skipped.
 LATEST_BLOCKS: Final = 32
 #: Messages behind the newest one from which on a monitor begins again at the newest.
@@ -82,8 +85,9 @@ LATEST_BEHIND: Final = 64
 FOREIGN_AFTER: Final = 2.0
 #: Maximum number of origins whose acknowledged positions are remembered.
 _ORIGINS: Final = 4096
-#: The end of the name of a durable consumer, after the storage's token.
-_PLACE: Final = "_[0-9a-f]{8}_?"
+#: The end of the name of a durable consumer: after the storage's token, the place of the files and an attempt.
+_PLACE: Final = "_[0-9a-f]{8}"
+_ATTEMPT: Final = "(_[0-9a-f]*)?"
 
 
 class _Lost(Exception):
@@ -135,8 +139,8 @@ class Downlink:
         self.name, self.mode, self.run = name, mode, run
         self.session = ""  # as in stream.Consumer; the brokers need none
         self.newest_run, self.holds = newest_run, holds
-        #: The two names of the durable consumer, used in turn.
-        self.durables = () if directory is None else durable_names(name, directory)
+        #: The beginning of the names of the durable consumers for these files.
+        self.durable = "" if directory is None else durable_name(name, directory)
         self.sample_every = 1.0
         self.acknowledged: dict[BlockOrigin, int] = {}  # of the thread
         self._brokers = brokers
@@ -155,6 +159,8 @@ class Downlink:
         self._warned = ""
         self._loop = asyncio.new_event_loop()
         self._connection: asyncio.Future[Client] | None = None
+        self._broker = ""  # address of the last one
+        self._end: Callable[[str], None] | None = None  # ends the present connection
         self._closing = asyncio.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"stream of {name}", daemon=True)
@@ -317,7 +323,7 @@ class Downlink:
                 ended.set()
 
             try:
-                client = await jetstream.connect(self._brokers, self.name, lost)
+                client = await jetstream.connect(self._brokers, self.name, lost, avoid=self._broker)
             except LarpixDaqError as error:
                 self._fail(str(error))
                 await asyncio.sleep(RETRY_INTERVAL)
@@ -326,11 +332,14 @@ class Downlink:
                 if self._warned:
                     log.warning("the brokers are connected again")
                 self._problem = self._warned = ""
+                self._broker = client.connected_url.netloc if client.connected_url is not None else ""
+                self._end = lost
                 if self.mode == "all":
                     await self._add_known(client)
                 self._connection.set_result(client)
                 await ended.wait()
             finally:
+                self._end = None
                 await jetstream.close(client)
             self._connection = self._loop.create_future()
             self._fail(f"connection to the brokers lost: {reasons[0]}")
@@ -353,6 +362,12 @@ class Downlink:
         assert self._connection is not None
         return await asyncio.shield(self._connection)
 
+    def leave(self, client: Client, reason: str) -> None:
+        """End this connection, if it is still the present one, and connect to another broker."""
+        if self._connection is not None and self._connection.done() and self._connection.result() is client:
+            assert self._end is not None
+            self._end(reason)
+
     def _add(self, producers: Iterable[str]) -> None:
         for producer in producers:
             if producer not in self._readers:
@@ -364,18 +379,22 @@ class Downlink:
         try:
             for name in await stream_names(context, "larpixdaq.>"):
                 token = name.removeprefix("larpixdaq_")
-                if token != name and set(self.durables) & (await self.floors(context, name)).keys():
+                if token != name and any(map(self.is_own, await self.floors(context, name))):
                     with contextlib.suppress(ValueError):
                         self._add([jetstream.producer_of(token)])
         except Exception as error:  # the core names the living producers
             log.warning("the streams of producers that have ended are not known: %s", jetstream.describe(error))
 
+    def is_own(self, consumer: str) -> bool:
+        """Whether a consumer with this name is for these files."""
+        return re.fullmatch(re.escape(self.durable) + _ATTEMPT, consumer) is not None
+
     async def floors(self, context: JetStreamContext, stream: str) -> dict[str, int]:
         """Return, by durable consumer of this storage's name, the message up to which all are acknowledged."""
-        own = re.compile(re.escape(jetstream.stream_token(self.name)) + _PLACE)
+        ours = re.compile(re.escape(jetstream.stream_token(self.name)) + _PLACE + _ATTEMPT)
         found = {}
         for info in await jetstream.all_consumers(context, stream):
-            if own.fullmatch(info.name):
+            if ours.fullmatch(info.name):
                 floor = info.ack_floor.stream_seq if info.ack_floor is not None else 0
                 found[info.name] = max(floor, (info.config.opt_start_seq or 1) - 1)
         return found
@@ -444,7 +463,10 @@ class StreamReader:
         self._inbox: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._client: Client | None = None
         self._consumer = ""
-        self._previous: list[str] = []  # durable consumers that the new one replaces
+        #: A durable consumer that was asked for, and the message after which it begins. It is asked for again, because
+        #: it is there when its group of brokers has elected a leader.
+        self._asked = "", -1
+        self._previous: set[str] = set()  # durable consumers to be removed when there is a new one
         self._reply = ""
         self._sending: set[asyncio.Task[None]] = set()
         self.task = asyncio.get_running_loop().create_task(self._run())
@@ -512,14 +534,17 @@ class StreamReader:
             task.add_done_callback(self._sending.discard)
 
     async def _run(self) -> None:
+        failures = 0
         while True:
             generation = self._generation
+            client = None
             try:
                 client = await self._downlink.client()
                 while not self._downlink.holds():  # a new consumer would replace that of the storage with the lease
                     await asyncio.sleep(RETRY_INTERVAL / 10)
                 async with contextlib.AsyncExitStack() as stack:
                     await self._subscribe(client, stack)
+                    failures = 0
                     if self.problem:
                         log.warning("the stream of %s is read again", self.producer)
                         self.problem = ""
@@ -531,6 +556,10 @@ class StreamReader:
                     await asyncio.sleep(RETRY_INTERVAL if self._delivery == 0 else RETRY_INTERVAL / 10)
             except Exception as error:
                 self._fail(error)
+                failures += jetstream.error_code(error) != jetstream.NO_STREAM
+                if failures >= MAX_FAILURES and client is not None:
+                    failures = 0
+                    self._downlink.leave(client, self.problem or jetstream.describe(error))
                 await asyncio.sleep(RETRY_INTERVAL)
 
     def _fail(self, error: Exception) -> None:
@@ -553,8 +582,9 @@ class StreamReader:
         subscription = await client.subscribe(self._reply, cb=inbox.put)
         stack.push_async_callback(_quietly, subscription.unsubscribe)
         made = await context.add_consumer(self.stream, config)
-        for name in self._previous:
-            await remove_consumer(context, self.stream, name)
+        self._asked = "", -1
+        cleaning = asyncio.get_running_loop().create_task(self._remove_previous(context, made.name))
+        stack.push_async_callback(_cancelled, [cleaning])
         if not config.durable_name:
             stack.push_async_callback(_quietly, partial(remove_consumer, context, self.stream, made.name))
         self._unacknowledged = deque(entry._replace(reply="") for entry in self._unacknowledged)
@@ -562,6 +592,16 @@ class StreamReader:
         self._requested = self._delivery = 0
         self._put_off_look()
         self.request_more()
+
+    async def _remove_previous(self, context: JetStreamContext, present: str) -> None:
+        """Remove the durable consumers before the present one, which would keep the stream from making room."""
+        for name in self._previous - {present}:
+            while name in self._previous:
+                try:
+                    await remove_consumer(context, self.stream, name)
+                    self._previous.discard(name)
+                except Exception:  # during an election
+                    await asyncio.sleep(RETRY_INTERVAL)
 
     async def _config(self, context: JetStreamContext, info: StreamInfo) -> ConsumerConfig:
         """Return the configuration of the consumer, which begins with the next message that is wanted."""
@@ -584,36 +624,32 @@ class StreamReader:
                 opt_start_seq=self._expected, filter_subject=subject, inactive_threshold=FORGOTTEN_AFTER,
                 num_replicas=1, mem_storage=True,
             )  # fmt: skip
-        name = await self._find_start(context, info)
+        await self._find_start(context, info)
+        if self._asked[1] != self._acked:
+            self._asked = f"{self._downlink.durable}_{secrets.token_hex(4)}", self._acked
+            self._previous.add(self._asked[0])  # also if nobody knows whether it was made
         return ConsumerConfig(
-            durable_name=name, inactive_threshold=ABANDONED_AFTER, ack_policy=AckPolicy.ALL, ack_wait=ACK_WAIT,
-            max_ack_pending=MAX_UNACKNOWLEDGED, deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+            durable_name=self._asked[0], inactive_threshold=ABANDONED_AFTER, ack_policy=AckPolicy.ALL,
+            ack_wait=ACK_WAIT, max_ack_pending=MAX_UNACKNOWLEDGED, deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
             opt_start_seq=self._acked + 1,
         )  # fmt: skip
 
-    async def _find_start(self, context: JetStreamContext, info: StreamInfo) -> str:
+    async def _find_start(self, context: JetStreamContext, info: StreamInfo) -> None:
         """Set where the storage begins: after what it has acknowledged, as the durable consumer says after a restart,
         or with the first message of a run that it has not read from there yet.
 
-        Returns the name of the new durable consumer. The previous one is removed when the new one is there, because
-        what no consumer needs may be removed from a stream.
+        Only the first time the consumers at the brokers are asked, since during an election there is no answer. They
+        are removed when there is a new one, because what no consumer needs may be removed from a stream.
         """
         last, runs = info.state.last_seq, set(self._runs)
-        floors = await self._downlink.floors(context, self.stream)
-        own = self._downlink.durables
-        known = {name: floor for name, floor in floors.items() if name in own}
-        if len(known) == len(own):  # a process died between
-            spare = max(known, key=lambda name: known[name])
-            await remove_consumer(context, self.stream, spare)
-            del known[spare], floors[spare]
-        self._previous = list(floors)  # also those of other directories, because this storage has the lease now
-        if known:
-            floor = min(known.values())
-        else:
-            floor = min([*floors.values(), last])  # what is after the former storage's position is at least named
-            if newest := self._downlink.newest_run():
-                runs.add(newest)
         if self._expected is None:
+            floors = await self._downlink.floors(context, self.stream)
+            known = [floor for name, floor in floors.items() if self._downlink.is_own(name)]
+            # Without own ones: what is after the former storage's position is at least named.
+            floor = min(known) if known else min([*floors.values(), last])
+            if not known and (newest := self._downlink.newest_run()):
+                runs.add(newest)
+            self._previous |= floors.keys()  # also those of other directories: this storage has the lease now
             self._expected, self._acked = floor + 1, floor
         elif last + 1 < self._expected:  # after a power cut
             log.error(
@@ -622,12 +658,12 @@ class StreamReader:
             )  # fmt: skip
             self._expected, self._acked = last + 1, min(self._acked, last)
             self._unacknowledged.clear()
+        self._runs |= runs
         for run in runs:
             first = await first_message(context, self.stream, jetstream.subject(self.producer, run))
             if first is not None and first <= self._acked:
                 self._expected, self._acked = first, first - 1
         self._runs -= runs
-        return next(name for name in own if name not in known)
 
     # Messages
 
@@ -662,7 +698,8 @@ class StreamReader:
         """Begin again when requested messages that the stream has do not come. Called at each sign of life.
 
         Each consumer has its own leader among the brokers. One that stood still for a time may know nothing of newer
-        messages for minutes, though it gives signs of life. The leader of the stream knows them.
+        messages for minutes, though it gives signs of life. The leader of the stream knows them, unless it is cut off
+        from the other brokers and does not know yet that they have elected another one.
         """
         if time.monotonic() < self._look_at or self._expected is None or self._client is None:
             return
@@ -673,6 +710,9 @@ class StreamReader:
         last = self._last
         if last is None:
             info = await self._client.jetstream(timeout=jetstream.API_LIMIT).stream_info(self.stream)
+            if jetstream.is_alone(info):
+                self._downlink.leave(self._client, f"the stream of {self.producer} is led by a broker that is cut off")
+                raise _Lost("its leader is cut off")
             last = info.state.last_seq
         if last < self._expected:
             self._missed = None
@@ -853,11 +893,10 @@ async def producers_of_run(brokers: Brokers, name: str, run: int) -> list[str]:
         await jetstream.close(client)
 
 
-def durable_names(name: str, directory: Path) -> tuple[str, str]:
-    """Return the two names of the durable consumers of a storage with its files in this directory of this host."""
+def durable_name(name: str, directory: Path) -> str:
+    """Return the beginning of the names of a storage's durable consumers, with its files in this directory here."""
     place = f"{socket.gethostname()}:{directory.resolve()}".encode("utf-8", "surrogateescape")
-    made = f"{jetstream.stream_token(name)}_{hashlib.sha256(place).hexdigest()[:8]}"
-    return made, made + "_"
+    return f"{jetstream.stream_token(name)}_{hashlib.sha256(place).hexdigest()[:8]}"
 
 
 async def _cancelled(tasks: Collection[asyncio.Task[Any] | None]) -> None:

@@ -43,6 +43,8 @@ ELECTION_LIMIT: Final = 12.0
 RETRY_INTERVAL: Final = 0.25
 #: Seconds between two pings to a broker; without answers to two of them the connection is lost.
 _PING_INTERVAL: Final = 2
+#: Seconds without a sign of life, of which there is one a second, after which a leader may be cut off from a broker.
+_SILENT_AFTER: Final = 3.0
 #: Seconds in which a broker knows the id of a message again.
 _DUPLICATE_WINDOW: Final = 120.0
 #: Oldest version of a broker. Consumers of 2.12 begin at other positions than those of 2.14.
@@ -500,6 +502,13 @@ def _differences(wanted: StreamConfig, found: StreamConfig) -> str:
             show = shown.get(field, str)
             differences.append(f"{field} is {show(theirs)}, expected {show(ours)}")
     return ", ".join(differences) or "of kinds that are not used here"
+
+
+def is_alone(info: StreamInfo) -> bool:
+    """Whether the leader of a stream, which has given this information, has not heard most of its brokers lately."""
+    replicas = (info.cluster.replicas if info.cluster is not None else None) or []
+    heard = sum((peer.active or 0) < _SILENT_AFTER * 1e9 for peer in replicas)
+    return 2 * (1 + heard) <= 1 + len(replicas)
 
 
 async def all_consumers(context: JetStreamContext, stream: str) -> list[ConsumerInfo]:

@@ -1,9 +1,10 @@
 """The program of the child process that publishes a producer's blocks to NATS JetStream, started by uplink.Uplink.
 
-The brokers take each message only directly after its predecessor: it names the sequence, and except for the first one
-also the id, of the message before it. So nothing is doubled, nothing comes in another order, and two processes never
-both publish. When an acknowledgement fails or does not come, as after the death of the stream's leader, nobody knows
-which messages are stored: then the end of the stream is read, and everything after it is published again.
+One message is on its way at a time, with all the blocks that fit into it, and the brokers take it only at the end of
+the stream that this process knows: it names the sequence of the message before it. So nothing is doubled, nothing comes
+in another order, and two processes never both publish. When the acknowledgement fails or does not come, as after the
+death of the stream's leader, nobody knows whether the message is stored: then the end of the stream is read, and
+everything after it is published again.
 
 It is started by its path, so that neither the working directory nor this folder can hide a module of a library.
 """
@@ -22,6 +23,7 @@ import asyncio
 import contextlib
 import ctypes
 import functools
+import itertools
 import logging
 import math
 import secrets
@@ -30,7 +32,6 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import msgspec
@@ -43,7 +44,6 @@ from larpixdaq.protocol.packed_rows import MIN_ROWS, PackedRows, RowPacker
 from larpixdaq.protocol.reports import UplinkStatus
 from larpixdaq.protocol.stream import Block, BlockOrigin, End, Position, pack
 from larpixdaq.protocol.stream_messages import (
-    EXPECTED_ID,
     EXPECTED_SEQUENCE,
     ID,
     POSITIONS,
@@ -67,9 +67,6 @@ if TYPE_CHECKING:
     from nats.js import JetStreamContext
 
 log = logging.getLogger("larpixdaq.stream.uplink")
-#: Maximum messages, and bytes of them, without acknowledgement.
-WINDOW: Final = 32
-WINDOW_BYTES: Final = 16 << 20
 #: Maximum bytes of frames that wait to be published. The producer's window is smaller, but does not count headers.
 MAX_WAITING: Final = 64 << 20
 #: Maximum blocks that are packed at a time.
@@ -116,18 +113,6 @@ class Frame(NamedTuple):
     first: int
     following: int
     data: bytes
-
-
-@dataclass
-class Message:
-    """A message in flight: its id, its sequence in the stream, and the number of frames that it completes."""
-
-    identity: Identity
-    sequence: int
-    frames: int
-    bytes: int
-    sent_at: float  # monotonic
-    acknowledged: bool = False
 
 
 class _OwnName:
@@ -203,24 +188,16 @@ class UplinkProcess:
         self._news = asyncio.Event()  # frames, acknowledgements or a failure
         self._room = asyncio.Event()  # frames have gone
         self._made = False  # the stream exists, with the right settings
-        # Frames, the oldest first: those of messages in flight, and then those that wait.
-        self._frames: deque[Frame] = deque()
+        self._frames: deque[Frame] = deque()  # that the brokers have not acknowledged, the oldest first
         self._waiting_bytes = 0
-        self._sent = 0  # number of frames in flight
-        self._in_flight: deque[Message] = deque()
-        self._flight = 0  # number of the present flight, which ends with a failure
-        self._flight_bytes = 0
-        self._failure: tuple[int, str] | None = None  # of the flight: JetStream's error code or 0, and the reason
+        self._sent = 0  # number of messages so far
+        self._answer: asyncio.Future[Msg] | None = None  # to the last message
         self._lost = ""  # why the connection has ended
         self._last_broker = ""  # address
-        #: Next sequences by origin: received; stored by the brokers; and stored when all in flight is.
+        #: Next sequences by origin: received; and stored by the brokers.
         self._received: dict[Origin, int] = {}
         self._stored: dict[Origin, int] = {}
-        self._planned: dict[Origin, int] = {}
-        self._last_sequence = 0  # of the stream, when all in flight is stored
-        self._last_id = ""  # likewise; "": not known
-        self._stored_sequence = 0  # of the last acknowledged message
-        self._acknowledged_at = 0.0  # monotonic
+        self._stored_sequence = 0  # of the last message in the stream
         self._foreign: set[int] = set()  # sequences of messages of other programs
         self._failures = 0  # failures since the last acknowledgement
         self._warned = ""
@@ -250,7 +227,7 @@ class UplinkProcess:
     async def _report(self) -> None:
         while True:
             with contextlib.suppress(OSError):
-                self.status.in_flight = len(self._in_flight)
+                self.status.in_flight = int(self._answer is not None)
                 self._sock.send(encode_report(Report(self.status)))
             await asyncio.sleep(REPORT_INTERVAL)
 
@@ -336,7 +313,6 @@ class UplinkProcess:
                 self._say(self._lost or jetstream.describe(error))
             finally:
                 self.status.connected = False
-                self._end_flight()
                 if client is not None:
                     await jetstream.close(client)
             await asyncio.sleep(RETRY_INTERVAL)
@@ -344,6 +320,8 @@ class UplinkProcess:
     def _note_lost(self, reason: str) -> None:
         self._lost = f"the connection to the brokers was lost: {reason}"
         self._news.set()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(BrokerError(self._lost))
 
     def _say(self, problem: str) -> None:
         """Put a problem into the status, and log it once."""
@@ -370,7 +348,7 @@ class UplinkProcess:
             await jetstream.ensure_stream(context, self._setup.producer, self._setup.settings, SYNCHRONIZE_LIMIT)
             self._made = True
         inbox = client.new_inbox()
-        await client.subscribe(f"{inbox}.*.*", cb=self._take_ack)
+        await client.subscribe(f"{inbox}.*", cb=self._take_answer)
         while True:
             await self._synchronize(context)
             code, reason = await self._publish(client, context, inbox)
@@ -380,27 +358,19 @@ class UplinkProcess:
             if stale and self._failures < 4:  # as after an election
                 continue
             self.status.connected = False
-            if code == 0 and self._failures > 1:  # this broker may be cut off from the others
-                raise BrokerError(reason)
             if stale:
                 reason = f"another process publishes to the stream ({reason})"
-            elif full:
+            if (code == 0 or stale) and self._failures > 1:  # this broker may be cut off from the others
+                raise BrokerError(reason)
+            if full:
                 reason = await self._make_room(context, LOW)
                 if not reason:
                     continue
             self._say(reason)
             await asyncio.sleep(RETRY_INTERVAL)
 
-    def _end_flight(self) -> None:
-        """Forget the messages in flight, of which some may be stored or come to be."""
-        self._flight += 1
-        self._in_flight.clear()
-        self._sent = self._flight_bytes = 0
-        self._failure = None
-
     async def _synchronize(self, context: JetStreamContext) -> None:
-        """Read the end of the stream, drop the frames that are stored, and begin a flight after it."""
-        self._end_flight()
+        """Read the end of the stream, and drop the frames that are stored."""
         try:
             info = await jetstream.retried(lambda: context.stream_info(self._stream), SYNCHRONIZE_LIMIT)
         except BrokerError as error:
@@ -416,8 +386,7 @@ class UplinkProcess:
                 "storages that had not read them miss their blocks",
                 self._stream, lost, sequence, self._stored_sequence,
             )  # fmt: skip
-        self._stored_sequence = self._last_sequence = sequence
-        self._last_id = ""
+        self._stored_sequence = sequence
         for origin, following in stored.items():
             self._stored = {**self._stored, origin: following}
             self._received[origin] = max(self._received.get(origin, 0), following)
@@ -426,7 +395,6 @@ class UplinkProcess:
         while n < len(self._frames) and self._frames[n].following <= self._stored.get(self._frames[n].origin, 0):
             n += 1
         self._drop_frames(n)
-        self._planned = dict(self._stored)
         self._note_fill(info.config.max_bytes, info.state.bytes)
         if not self._failures or not self._frames:
             self._say_right()
@@ -456,136 +424,123 @@ class UplinkProcess:
             self._news.clear()
             if self._lost:
                 raise BrokerError(self._lost)
-            if self._failure is not None:
-                return self._failure
-            await self._send(client, inbox)
             now = time.monotonic()
             if now >= look_at:
                 look_at = now + LOOK_INTERVAL
                 await self._look(context)
-            until = look_at
-            if self._in_flight:
-                # Since the last acknowledgement, because a slow disk may need longer for all messages in flight.
-                limit = max(self._in_flight[0].sent_at, self._acknowledged_at) + ACK_LIMIT
-                until = min(until, limit)
-                if now >= limit:
-                    return 0, f"no acknowledgement of the brokers for {ACK_LIMIT:g} s"
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news.wait(), max(0.0, until - now))
+            if not self._frames:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), max(0.0, look_at - now))
+            elif failure := await self._publish_next(client, inbox):
+                return failure
 
-    async def _send(self, client: Client, inbox: str) -> None:
-        """Send messages as the window allows."""
+    async def _publish_next(self, client: Client, inbox: str) -> tuple[int, str] | None:
+        """Publish the oldest frames: as many of one origin as fit into a message, or one in pieces.
+
+        Returns why that failed, None if the brokers have them.
+        """
         most = client.max_payload // 2
-        while self._sent < len(self._frames) and len(self._in_flight) < WINDOW and self._flight_bytes < WINDOW_BYTES:
-            if self._failure is not None or self._lost:
-                return
-            first = last = self._frames[self._sent]
-            if len(first.data) > client.max_payload - HEADERS:
-                attempt = secrets.token_hex(4)
-                pieces = list(cut(first.data, most))
-                for offset, data in pieces:
-                    ended = offset == pieces[-1][0]
-                    identity = Identity(
-                        *first.origin, first.first, first.following if ended else first.first, attempt, offset
-                    )
-                    await self._send_message(client, inbox, identity, data, int(ended))
-                continue
-            joined = [first.data]
-            total = len(first.data)
-            for n in range(self._sent + 1, len(self._frames)):
-                frame = self._frames[n]
+        first = last = self._frames[0]
+        if len(first.data) > client.max_payload - HEADERS:
+            attempt = secrets.token_hex(4)
+            *pieces, (end, rest) = cut(first.data, most)
+            for offset, data in pieces:
+                identity = Identity(*first.origin, first.first, first.first, attempt, offset)
+                if failure := await self._publish_message(client, inbox, identity, data):
+                    return failure
+            identity = Identity(*first.origin, first.first, first.following, attempt, end)
+            failure = await self._publish_message(client, inbox, identity, rest)
+            frames = 1
+        else:
+            joined: list[bytes] = []
+            total = 0
+            for frame in self._frames:
                 total += len(frame.data)
-                if frame.origin != first.origin or total > most:
+                if joined and (frame.origin != first.origin or total > most):
                     break
                 joined.append(frame.data)
                 last = frame
+            frames = len(joined)
             identity = Identity(*first.origin, first.first, last.following)
-            await self._send_message(client, inbox, identity, b"".join(joined), len(joined))
+            failure = await self._publish_message(client, inbox, identity, b"".join(joined))
+        if failure is None:
+            self._take_over(first.origin, frames)
+        return failure
 
-    async def _send_message(self, client: Client, inbox: str, identity: Identity, data: bytes, frames: int) -> None:
+    async def _publish_message(
+        self, client: Client, inbox: str, identity: Identity, data: bytes
+    ) -> tuple[int, str] | None:
+        """Publish one message at the end of the stream. Returns why that failed, None if the brokers have it."""
         from nats.errors import Error
 
         origin = identity.run, identity.epoch
-        others = {other: following for other, following in self._planned.items() if other != origin}
-        headers = {ID: str(identity), EXPECTED_SEQUENCE: str(self._last_sequence)}
-        if self._last_id:
-            headers[EXPECTED_ID] = self._last_id
+        others = {other: following for other, following in self._stored.items() if other != origin}
+        headers = {ID: str(identity), EXPECTED_SEQUENCE: str(self._stored_sequence)}
         if others:
             headers[POSITIONS] = pack_positions(others)
-        self._last_sequence += 1
-        self._last_id = str(identity)
-        self._planned = {**others, origin: identity.next}
-        message = Message(identity, self._last_sequence, frames, len(data), time.monotonic())
-        self._in_flight.append(message)
-        self._flight_bytes += len(data)
-        self._sent += frames
         self.status.messages += 1
         self.status.bytes += len(data)
+        self._sent += 1
+        self._answer = asyncio.get_running_loop().create_future()
         try:
             await client.publish(
                 jetstream.subject(self._setup.producer, identity.run),
                 data,
-                reply=f"{inbox}.{self._flight}.{message.sequence}",
+                reply=f"{inbox}.{self._sent}",
                 headers=headers,
             )
+            answer = await asyncio.wait_for(self._answer, ACK_LIMIT)
+        except asyncio.TimeoutError:  # also that of nats-py
+            return 0, f"no acknowledgement of the brokers for {ACK_LIMIT:g} s"
         except (Error, OSError) as error:
-            self._failure = self._failure or (0, jetstream.describe(error))
-
-    async def _take_ack(self, found: Msg) -> None:
-        """Take the brokers' answer to a message."""
-        *_, flight, number = found.subject.split(".")
-        if flight != str(self._flight) or self._failure is not None or not self._in_flight:
-            return  # of messages that have been given up
-        self._news.set()
-        at = int(number) - self._in_flight[0].sequence
-        if (found.headers or {}).get("Status") == "503":
-            self._failure = 0, "no broker takes the messages, because the stream has no leader or does not exist"
-            return
-        try:
-            answer = msgspec.json.decode(found.data, type=_PubAck)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            self._failure = 0, f"unexpected answer of the brokers: {error}"
-            return
-        if answer.error is not None:
-            self._failure = (
-                answer.error.err_code,
-                jetstream.meaning(answer.error.err_code, answer.error.description or f"code {answer.error.code}"),
-            )
-            return
-        if not 0 <= at < len(self._in_flight):
-            return  # acknowledged already
-        message = self._in_flight[at]
-        if answer.seq != message.sequence:
-            self._failure = (
-                jetstream.WRONG_LAST_SEQUENCE,
-                f"message {message.identity} has the sequence {answer.seq}, expected {message.sequence}",
-            )
-            return
-        message.acknowledged = True
-        while self._in_flight and self._in_flight[0].acknowledged:
-            self._finish(self._in_flight.popleft())
-
-    def _finish(self, message: Message) -> None:
-        """Take note of a stored message, after all before it."""
-        identity = message.identity
-        origin = identity.run, identity.epoch
+            return 0, jetstream.describe(error)
+        finally:
+            self._answer = None
+        if failure := self._refusal(answer, identity):
+            return failure
         self._failures = 0
-        self._acknowledged_at = time.monotonic()
+        self._stored_sequence += 1
         if not self.status.connected:
             self._say_right()
         self.status.acknowledged_messages += 1
-        self.status.acknowledged_bytes += message.bytes
-        self._flight_bytes -= message.bytes
-        self._stored_sequence = message.sequence
-        if message.frames:
-            self._sent -= message.frames
-            self._drop_frames(message.frames)
-            # Another dictionary, because the stream's thread reads this one; the newest origin is the last one.
-            stored = {other: following for other, following in self._stored.items() if other != origin}
-            stored[origin] = identity.next
-            _limit(stored)
-            self._stored = stored
-            self._acknowledge(origin, at_once=message.bytes > ACK_BYTES)
+        self.status.acknowledged_bytes += len(data)
+        return None
+
+    async def _take_answer(self, found: Msg) -> None:
+        """Take the brokers' answer to a message."""
+        number = found.subject.rpartition(".")[2]
+        if number == str(self._sent) and self._answer is not None and not self._answer.done():
+            self._answer.set_result(found)
+
+    def _refusal(self, found: Msg, identity: Identity) -> tuple[int, str] | None:
+        """Return JetStream's error code or 0, and the reason; None for an acknowledgement."""
+        if (found.headers or {}).get("Status") == "503":
+            return 0, "no broker takes the messages, because the stream has no leader or does not exist"
+        try:
+            answer = msgspec.json.decode(found.data, type=_PubAck)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            return 0, f"unexpected answer of the brokers: {error}"
+        if answer.error is not None:
+            code = answer.error.err_code
+            return code, jetstream.meaning(code, answer.error.description or f"code {answer.error.code}")
+        if answer.seq != (expected := self._stored_sequence + 1):
+            return (
+                jetstream.WRONG_LAST_SEQUENCE,
+                f"message {identity} has the sequence {answer.seq}, expected {expected}",
+            )
+        return None
+
+    def _take_over(self, origin: Origin, n: int) -> None:
+        """Take note that the brokers have the oldest `n` frames, of this origin."""
+        size = sum(len(frame.data) for frame in itertools.islice(self._frames, n))
+        following = self._frames[n - 1].following
+        self._drop_frames(n)
+        # Another dictionary, because the stream's thread reads this one; the newest origin is the last one.
+        stored = {other: position for other, position in self._stored.items() if other != origin}
+        stored[origin] = following
+        _limit(stored)
+        self._stored = stored
+        self._acknowledge(origin, at_once=size > ACK_BYTES)
 
     # Room in the stream
 

@@ -22,7 +22,7 @@ from stream_log import StreamLog, blocks, brokers_of
 
 from larpixdaq import schema
 from larpixdaq.protocol.stream import Block, BlockOrigin, End
-from larpixdaq.stream import downlink
+from larpixdaq.stream import downlink, jetstream
 from larpixdaq.stream.downlink import WINDOW, Downlink
 
 pytestmark = pytest.mark.cluster
@@ -191,7 +191,7 @@ def test_a_storage_in_another_directory_reads_the_run_from_its_first_message(
     other = storage(one, tmp_path / "other", stack, has_run=known.__contains__)
     other.connect([log.producer])
     until(lambda: log.floor(other) == 8, "another storage of this name to begin")
-    until(lambda: set(log.consumers()) <= set(other.durables), "the position of the former directory to be removed")
+    until(lambda: all(map(other.is_own, log.consumers())), "the position of the former directory to be removed")
 
 
 def test_a_new_position_begins_with_the_newest_run_that_the_directory_has(
@@ -409,12 +409,14 @@ def last_of(log: StreamLog) -> int:
     return found
 
 
-def test_durable_names_differ_by_storage_and_directory(tmp_path: Path) -> None:
+def test_names_of_durable_consumers_differ_by_storage_and_directory(tmp_path: Path) -> None:
     made = [
-        durable
+        downlink.durable_name(name, tmp_path / folder)
         for name in ("Offline storage", "Offline_storage", "copy.2")
         for folder in ("a", "b")
-        for durable in downlink.durable_names(name, tmp_path / folder)
     ]
-    assert len(set(made)) == 12
+    assert len(set(made)) == 6
     assert all(name.replace("_", "").replace("-", "").isalnum() and len(name) < 80 for name in made)
+    link = Downlink("copy.2", "all", jetstream.Brokers(()), directory=tmp_path / "a")
+    assert [link.is_own(made[4] + end) for end in ("", "_", "_0f", "0", "_x")] == [True, True, True, False, False]
+    link.close()

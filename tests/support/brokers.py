@@ -1,4 +1,7 @@
-"""Brokers for tests: real nats-server processes of one cluster on loopback, each with a directory of its own."""
+"""Brokers for tests: real nats-server processes of one cluster, each with a directory of its own.
+
+They are on loopback, or each on a host of a network.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from network import Network
 from processes import LIMIT, free_port, until
 
 from larpixdaq.broker import Settings, configuration, find_server
@@ -26,12 +30,13 @@ class Brokers:
     """`count` brokers of one cluster, numbered from 0; one broker is no cluster. close() ends and reaps them.
 
     They have the configuration that `larpixdaq up` writes, with `fsync`, `limit` (bytes) and `password`, and a port for
-    questions about their health. The constructor returns when they take requests of JetStream.
+    questions about their health. With `network`, broker i is on its host `broker-i`; questions must then come from a
+    host of it. The constructor returns when they take requests of JetStream.
     """
 
     def __init__(
         self, count: int = 3, folder: Path | None = None, *, fsync: bool = False, limit: int | None = None,
-        password: str = "",
+        password: str = "", network: Network | None = None,
     ) -> None:  # fmt: skip
         self._own = None if folder is not None else Path(tempfile.mkdtemp(prefix="larpixdaq-brokers-"))
         self.folder = folder or self._own
@@ -42,16 +47,18 @@ class Brokers:
         while len(self._ports) < 3 * count:
             if (port := free_port()) not in self._ports:
                 self._ports.append(port)
-        peers = tuple(f"127.0.0.1:{self._ports[3 * i + 1]}" for i in range(count)) if count > 1 else ()
+        self._prefixes = [network.prefix(f"broker-{i}", memory=True) if network else [] for i in range(count)]
+        self._addresses = [network.address(f"broker-{i}") if network else "127.0.0.1" for i in range(count)]
+        peers = tuple(f"{self._addresses[i]}:{self._ports[3 * i + 1]}" for i in range(count)) if count > 1 else ()
         for i in range(count):
             directory = self.directory(i)
             directory.mkdir(parents=True)
-            client, cluster, health = self._ports[3 * i : 3 * i + 3]
+            address, (client, cluster, health) = self._addresses[i], self._ports[3 * i : 3 * i + 3]
             settings = Settings(
-                f"broker-{i}", ("127.0.0.1", client), directory, ("127.0.0.1", cluster), peers, fsync, limit, password
+                f"broker-{i}", (address, client), directory, (address, cluster), peers, fsync, limit, password
             )
             content = json.loads(configuration(settings))
-            content["http"] = f"127.0.0.1:{health}"
+            content["http"] = f"{address}:{health}"
             (directory / "nats-server.conf").write_text(json.dumps(content))
         try:
             for i in range(count):
@@ -72,7 +79,7 @@ class Brokers:
 
     def url(self, i: int) -> str:
         """Return `HOST:PORT` for clients of one broker."""
-        return f"127.0.0.1:{self._ports[3 * i]}"
+        return f"{self._addresses[i]}:{self._ports[3 * i]}"
 
     @property
     def urls(self) -> str:
@@ -96,7 +103,7 @@ class Brokers:
         assert self._processes[i] is None, f"broker {i} runs"
         with open(self.directory(i) / "output", "ab") as output:
             self._processes[i] = subprocess.Popen(
-                [find_server(), "--config", str(self.directory(i) / "nats-server.conf")],
+                [*self._prefixes[i], find_server(), "--config", str(self.directory(i) / "nats-server.conf")],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -149,7 +156,8 @@ class Brokers:
     def ask(self, i: int, path: str) -> dict[str, Any] | None:
         """Return what a broker answers to a question about its health, None if it does not answer."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self._ports[3 * i + 2]}/{path}", timeout=1) as answer:
+            url = f"http://{self._addresses[i]}:{self._ports[3 * i + 2]}/{path}"
+            with urllib.request.urlopen(url, timeout=1) as answer:
                 found: dict[str, Any] = json.load(answer)
         except (OSError, ValueError):  # HTTPError and URLError are OSErrors
             return None

@@ -58,7 +58,7 @@ class StreamLog:
 
         async def ask(client: Any) -> int:
             infos = await client.jetstream().consumers_info(self.name)
-            return min((info.ack_floor.stream_seq for info in infos if info.name in link.durables), default=0)
+            return min((info.ack_floor.stream_seq for info in infos if link.is_own(info.name)), default=0)
 
         found: int = self.brokers.call(ask)
         return found
