@@ -463,9 +463,6 @@ class StreamReader:
         self._inbox: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._client: Client | None = None
         self._consumer = ""
-        #: A durable consumer that was asked for, and the message after which it begins. It is asked for again, because
-        #: it is there when its group of brokers has elected a leader.
-        self._asked = "", -1
         self._previous: set[str] = set()  # durable consumers to be removed when there is a new one
         self._reply = ""
         self._sending: set[asyncio.Task[None]] = set()
@@ -582,7 +579,6 @@ class StreamReader:
         subscription = await client.subscribe(self._reply, cb=inbox.put)
         stack.push_async_callback(_quietly, subscription.unsubscribe)
         made = await context.add_consumer(self.stream, config)
-        self._asked = "", -1
         cleaning = asyncio.get_running_loop().create_task(self._remove_previous(context, made.name))
         stack.push_async_callback(_cancelled, [cleaning])
         if not config.durable_name:
@@ -625,11 +621,11 @@ class StreamReader:
                 num_replicas=1, mem_storage=True,
             )  # fmt: skip
         await self._find_start(context, info)
-        if self._asked[1] != self._acked:
-            self._asked = f"{self._downlink.durable}_{secrets.token_hex(4)}", self._acked
-            self._previous.add(self._asked[0])  # also if nobody knows whether it was made
+        # Not the one of the last attempt: its group of brokers may have lost its first leader, and elect another one.
+        name = f"{self._downlink.durable}_{secrets.token_hex(4)}"
+        self._previous.add(name)  # also if nobody knows whether it was made
         return ConsumerConfig(
-            durable_name=self._asked[0], inactive_threshold=ABANDONED_AFTER, ack_policy=AckPolicy.ALL,
+            durable_name=name, inactive_threshold=ABANDONED_AFTER, ack_policy=AckPolicy.ALL,
             ack_wait=ACK_WAIT, max_ack_pending=MAX_UNACKNOWLEDGED, deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
             opt_start_seq=self._acked + 1,
         )  # fmt: skip
