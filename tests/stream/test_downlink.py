@@ -25,8 +25,6 @@ from larpixdaq.protocol.stream import Block, BlockOrigin, End
 from larpixdaq.stream import downlink, jetstream
 from larpixdaq.stream.downlink import WINDOW, Downlink
 
-pytestmark = pytest.mark.cluster
-
 
 @pytest.fixture(scope="module")
 def one() -> Iterator[Brokers]:

@@ -16,8 +16,6 @@ from larpixdaq.errors import BrokerError, RevisionConflict
 from larpixdaq.stream.jetstream import Brokers, parse_servers
 from larpixdaq.stream.lease import MARGIN, SECONDS, Bucket, Lease, clock
 
-pytestmark = pytest.mark.cluster
-
 
 @pytest.fixture(scope="module")
 def broker():
@@ -122,6 +120,7 @@ def test_holder_without_brokers_stops_in_time_and_continues_the_same_term(broker
         lease.close()
 
 
+@pytest.mark.cluster
 def test_never_two_holders(tmp_path):
     """Three processes and three brokers die, stand still and come back, until the lease has had four terms."""
     choose = random.Random(1)

@@ -27,8 +27,6 @@ from larpixdaq.stream import jetstream, publisher
 from larpixdaq.stream.jetstream import Settings
 from larpixdaq.stream.uplink import Uplink, uplink_name
 
-pytestmark = pytest.mark.cluster
-
 SETTINGS = Settings(1, 1 << 28, 3600.0)
 
 
@@ -149,6 +147,7 @@ def test_killed_processes_and_brokers_lose_and_double_nothing(single: Brokers, t
         assert made.uplink.status().lost_messages == 0
 
 
+@pytest.mark.cluster
 def test_a_killed_leader_loses_and_doubles_nothing(tmp_path: Path) -> None:
     with brokers(3) as cluster, station(tmp_path, cluster.urls, Settings(3, 1 << 28, 3600.0)) as made:
         made.begin()

@@ -25,8 +25,6 @@ from larpixdaq.errors import ConfigError, LarpixDaqError
 from larpixdaq.runtime.launcher import read_running, start_time
 from larpixdaq.stream.jetstream import retried
 
-pytestmark = pytest.mark.cluster
-
 HOSTS = """\
 [hosts.rack1]
 address = "10.0.0.1"
@@ -251,6 +249,7 @@ def test_up_starts_a_broker_and_down_ends_it_last(made: Detector) -> None:
         assert made.entries() == {}
 
 
+@pytest.mark.cluster
 def test_three_hosts_make_one_cluster(made: Detector) -> None:
     """The hosts are loopback addresses of this machine. A change of the limit restarts the brokers of one host."""
     names = "rack1", "rack2", "rack3"
@@ -318,6 +317,7 @@ def ask(port: int, password: str, question: Any) -> Any:
 # Brokers for tests.
 
 
+@pytest.mark.cluster
 def test_brokers_are_killed_stopped_and_start_again(tmp_path: Path) -> None:
     with brokers(3, tmp_path) as three:
 

@@ -19,8 +19,6 @@ from larpixdaq import schema
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.runtime.launcher import command
 
-pytestmark = pytest.mark.cluster
-
 PRODUCERS = ("LArPix board", "board/2")
 
 

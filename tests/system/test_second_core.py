@@ -23,8 +23,6 @@ from larpixdaq.keys import credentials
 from larpixdaq.keys.key_store import KeyStore
 from larpixdaq.operator import Operator
 
-pytestmark = pytest.mark.cluster
-
 #: Seconds until the second core has taken over a run, with what a busy test machine adds to 15.
 TAKEOVER = 20.0
 

@@ -9,7 +9,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import pytest
 from brokers import Brokers, brokers
 from emulated_board import Emulator
 from fake_core import Actor, storage_status
@@ -20,8 +19,6 @@ from system import System, system
 from larpixdaq.constants import rows_made
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.stream import End
-
-pytestmark = pytest.mark.cluster
 
 NAME = "LArPix board"
 

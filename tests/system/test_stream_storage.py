@@ -25,8 +25,6 @@ from larpixdaq.protocol.stream_messages import ID, Identity
 from larpixdaq.runtime.launcher import command
 from larpixdaq.stream.jetstream import stream_name
 
-pytestmark = pytest.mark.cluster
-
 
 @pytest.fixture(scope="module")
 def one() -> Iterator[Brokers]:
@@ -164,6 +162,7 @@ def test_a_standby_in_another_directory_has_the_whole_run(line: System, one: Bro
     assert verify_all([other]).ok
 
 
+@pytest.mark.cluster
 def test_a_storage_that_stood_still_writes_no_more_after_a_standby_has_its_name(line: System, three: Brokers) -> None:
     operator = start(line, three, "--fake", "50000", name="stood still")
     begin(line, operator)
@@ -191,6 +190,7 @@ def test_a_storage_that_stood_still_writes_no_more_after_a_standby_has_its_name(
     )
 
 
+@pytest.mark.cluster
 def test_a_standby_that_takes_over_in_end_run_has_the_whole_run(line: System, three: Brokers) -> None:
     operator = start(line, three, "--fake", "50000", name="ended")
     begin(line, operator)
@@ -203,6 +203,7 @@ def test_a_standby_that_takes_over_in_end_run_has_the_whole_run(line: System, th
     assert verify_all([line.folder / "other"]).ok
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("leads", [False, True], ids=["follower", "leader"])
 def test_a_broker_that_does_not_answer_in_a_run(line: System, three: Brokers, leads: bool) -> None:
     name = f"broker stopped {leads:d}"
