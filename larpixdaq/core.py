@@ -757,7 +757,8 @@ def _await_term(
     while not signals.stop:
         if (term := lease.term) is not None:
             return term
-        owner = lease.owner
+        rival = lease.rival
+        owner = rival or lease.owner
         if owner is not None and owner.holder and not lease.is_own:
             other = owner.about
             where = (
@@ -768,15 +769,19 @@ def _await_term(
                 raise ConfigError(
                     f"{where} has another key than this one: copy its key store {theirs} to {own['keys']}"
                 )
-            if not standby and time.monotonic() - began > _LEASE_WAIT:
+            if rival is None:  # it may have died long ago
+                if not said:
+                    said = f"waiting for the lease, which {where} had last"
+                    _log.info("%s", said)
+            elif not standby and time.monotonic() - began > _LEASE_WAIT:
                 raise ConfigError(f"core: {where} is active; --standby waits until it has died")
-            if where != said:
+            elif where != said:
                 _log.warning("on standby: %s is active", where)
                 said = where
                 stack.close()
                 if keys is not None and other.get("host", "") != own["host"]:  # there the active core does it
                     stack.callback(show_active(other, keys))
-        elif lease.problem and lease.problem != said:
+        if rival is None and lease.problem and lease.problem != said:
             said = lease.problem
             _log.error("the lease of the active core cannot be had: %s", said)
         poller.poll(_LEASE_INTERVAL)

@@ -52,7 +52,7 @@ class Turn:
         about = {"host": socket.gethostname()}
         lease = self._lease = Lease(self._bucket, f"storage.{jetstream.stream_token(self.name)}", about=about)
         limit = time.monotonic() + _PATIENCE
-        warned = False
+        warned = troubled = False
         while not signals.stop:
             lease.clear()
             self._term = lease.term
@@ -60,7 +60,7 @@ class Turn:
                 if warned:
                     _log.warning("%s takes over", self.name)
                 return True
-            if lease.owner is not None and lease.owner.holder and not lease.is_own:
+            if lease.rival is not None:
                 where = _where(lease)
                 if not self._standby and time.monotonic() > limit:
                     raise RequestError(
@@ -69,6 +69,9 @@ class Turn:
                 if not warned:
                     _log.warning("another storage of this name is at work on %s: waiting", where)
                 warned = True
+            elif lease.problem and time.monotonic() > limit and not troubled:
+                _log.warning("the lease of %s cannot be had: %s", self.name, lease.problem)
+                troubled = True
             select.select([signals.fileno(), lease.fileno()], [], [], _INTERVAL)
         return False
 

@@ -76,6 +76,8 @@ ACK_DELAY: Final = 0.05
 RETRY_INTERVAL: Final = 0.5
 #: Failures to subscribe after which another broker is tried, because this one may be cut off from the others.
 MAX_FAILURES: Final = 2
+#: Seconds for which a producer that has registered may be without a stream at the brokers, which it makes itself.
+MISSING_AFTER: Final = 10.0
 #: Maximum number of blocks that wait for a monitor; further ones are skipped.
 LATEST_BLOCKS: Final = 32
 #: Messages behind the newest one from which on a monitor begins again at the newest.
@@ -149,6 +151,8 @@ class Downlink:
         #: Run and producer of frames that were not handed over -> when they are named, monotonic.
         self._foreign: dict[tuple[int, str], float] = {}
         self._readers: dict[str, StreamReader] = {}  # of the thread
+        #: The producers of the last connect() -> since when they are among them, monotonic. Of the thread.
+        self.present: dict[str, float] = {}
         self._queue: deque[_Queued] = deque()
         #: Restarts that the loop has asked for, and that the thread has done. In between the loop takes no frame.
         self._restarts = self._restarted = 0
@@ -168,10 +172,13 @@ class Downlink:
     # Called by the process's loop
 
     def connect(self, producers: Iterable[str]) -> None:
-        """Read the streams of these producers too, also before they exist. The first call starts the thread."""
+        """Read the streams of these producers, which are there now, also before they exist, and those of earlier calls.
+
+        The first call starts the thread.
+        """
         if self._thread.ident is None:
             self._thread.start()
-        self._post(self._add, list(producers))
+        self._post(self._set_present, list(producers))
 
     def begin(self, run: int, producers: Iterable[str]) -> None:
         """Mode "all": read this run, which has no file yet, from its first message."""
@@ -368,6 +375,11 @@ class Downlink:
             assert self._end is not None
             self._end(reason)
 
+    def _set_present(self, producers: list[str]) -> None:
+        now = time.monotonic()
+        self.present = {producer: self.present.get(producer, now) for producer in producers}
+        self._add(producers)
+
     def _add(self, producers: Iterable[str]) -> None:
         for producer in producers:
             if producer not in self._readers:
@@ -439,8 +451,9 @@ class StreamReader:
     def __init__(self, downlink: Downlink, producer: str) -> None:
         self.producer = producer
         self.stream = jetstream.stream_name(producer)
-        #: Why the stream cannot be read, in one line; empty when it can.
+        #: Why the stream cannot be read, in one line; empty when it can, or when its producer has still to make it.
         self.problem = ""
+        self._missing_since: float | None = None  # when the stream did not exist first, monotonic; None: it was read
         #: Messages, and their bytes, that the process's loop has taken. Written by the loop.
         self.taken = self.taken_bytes = 0
         #: Whether the loop calls request_more() when it has taken a message.
@@ -541,7 +554,7 @@ class StreamReader:
                     await asyncio.sleep(RETRY_INTERVAL / 10)
                 async with contextlib.AsyncExitStack() as stack:
                     await self._subscribe(client, stack)
-                    failures = 0
+                    failures, self._missing_since = 0, None
                     if self.problem:
                         log.warning("the stream of %s is read again", self.producer)
                         self.problem = ""
@@ -561,10 +574,22 @@ class StreamReader:
 
     def _fail(self, error: Exception) -> None:
         reason = f"the stream of {self.producer} cannot be read: {jetstream.describe(error)}"
-        if reason != self.problem and self._downlink.is_connected:
+        if not self._downlink.is_connected:
+            return
+        if jetstream.error_code(error) == jetstream.NO_STREAM and not self._is_overdue(reason):
+            self.problem = ""
+        elif reason != self.problem:
             self.problem = reason
-            missing = jetstream.error_code(error) == jetstream.NO_STREAM
-            log.log(logging.INFO if missing else logging.WARNING, "%s", reason)  # the producer makes it
+            log.warning("%s", reason)
+
+    def _is_overdue(self, reason: str) -> bool:
+        """Whether the producer of a stream that does not exist is there, and had the time to make it."""
+        now = time.monotonic()
+        if self._missing_since is None:
+            self._missing_since = now
+            log.info("%s", reason)
+        came = self._downlink.present.get(self.producer)
+        return came is not None and now - max(came, self._missing_since) >= MISSING_AFTER
 
     # The consumer at the brokers
 

@@ -107,6 +107,9 @@ class LeaseRule:
         self._reads = True
         self._term = 0
         self._until = float("-inf")
+        #: Another holder that has written the lease since it was read here first, so that it lives or has just died;
+        #: None: none is known.
+        self.rival: LeaseRecord | None = None
         #: Set by any thread: hold the lease no longer, whatever is written from now on.
         self.is_over = False
 
@@ -168,7 +171,7 @@ class LeaseRule:
         if entry is None:
             if self._revision:  # somebody has removed the bucket, and the holder may not know it yet
                 self._gone_since = now
-            self._entry, self._revision = None, 0
+            self._entry, self._revision, self.rival = None, 0, None
             return
         # The revision may be lower than the known one: from a broker that lags behind, so that the next write will be
         # refused, or after brokers have lost their last writes.
@@ -182,10 +185,13 @@ class LeaseRule:
         except (msgspec.MsgspecError, ValueError):
             record = _UNREADABLE
         self._since = now
+        is_new = 0 < self._revision < entry.revision
         self._take(record, entry.revision)
+        self.rival = record if is_new and record.holder not in ("", self._holder) else None
 
     def _take(self, record: LeaseRecord, revision: int) -> None:
         if record.holder == self._holder:
+            self.rival = None
             if not self.is_own:
                 self._term = revision
             if (sent := self._sent.get(record.count)) is not None:
@@ -456,6 +462,12 @@ class Lease:
         return self._rule.owner
 
     @property
+    def rival(self) -> LeaseRecord | None:
+        """Another process that has it, and has written it while this one looked; None: none is known. `owner` may have
+        died long ago."""
+        return self._rule.rival
+
+    @property
     def is_own(self) -> bool:
         """Whether this process was the last one to have it, though `term` may be None until it can write again."""
         return self._rule.is_own
@@ -482,7 +494,8 @@ class Lease:
             try:
                 await self._turn()
                 self.problem = ""
-                if clock() >= self._sign_due:
+                # A candidate that waits for nobody may have the lease in a moment, or end.
+                if clock() >= self._sign_due and (self._rule.is_own or self._rule.rival is not None):
                     self._sign_due = clock() + self.seconds / 3
                     await self._exchange_signs()
             except BrokerError as error:

@@ -309,7 +309,9 @@ def test_a_past_run_is_read_whole(one: Brokers, stack: contextlib.ExitStack) -> 
     assert {frame.run for frame in taker.frames} == {102}
 
 
-def test_no_broker_and_no_stream_are_one_clear_line(tmp_path: Path, stack: contextlib.ExitStack) -> None:
+def test_no_broker_and_no_stream_are_one_clear_line(
+    tmp_path: Path, stack: contextlib.ExitStack, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from processes import free_port
 
     from larpixdaq.stream import jetstream
@@ -322,12 +324,22 @@ def test_no_broker_and_no_stream_are_one_clear_line(tmp_path: Path, stack: conte
     assert "\n" not in link.problem
     made = stack.enter_context(brokers(1))
     other = storage(made, tmp_path, stack)
-    other.connect(["LArPix board"])
+    with caplog.at_level(logging.INFO):
+        other.connect(["LArPix board"])
+        until(lambda: "does not exist" in caplog.text, "a look at the stream")
+        assert other.problem == ""  # because its producer has just come
+    other.begin(1, [])
+    monkeypatch.setattr(downlink, "MISSING_AFTER", 0.0)
     until(lambda: "does not exist" in other.problem, "the reason")
+    other.connect([])
+    until(lambda: other.problem == "", "the producer to be gone")
+    other.connect(["LArPix board"])
+    until(lambda: "does not exist" in other.problem, "the reason again")
     log = StreamLog(made)  # and then the producer makes it
     feed = feed_of(log)
     log.publish(feed, blocks(feed, 10))
-    until(lambda: other.problem == "", "the stream to be read")
+    Taker(other).wait(1)
+    assert other.problem == ""
 
 
 ACTIONS = st.lists(

@@ -183,6 +183,26 @@ def test_released_lease_is_taken_at_once():
     assert other.term(0.1) == 3
 
 
+def test_rival_is_a_process_that_has_written_since_the_first_look():
+    def entry(holder, count):
+        return Entry(msgspec.json.encode(LeaseRecord(holder, count, SECONDS)), count)
+
+    rule = LeaseRule("a", SECONDS)
+    for count, now in ((5, 0.0), (5, 1.0), (4, 1.5)):  # it may be dead, and brokers that lag behind tell nothing new
+        rule.seen(entry("b", count), now)
+        assert rule.rival is None
+    rule.seen(entry("b", 6), 2.0)
+    assert rule.rival.holder == "b"
+    rule.seen(entry("b", 6), 2.5)
+    assert rule.rival.holder == "b"
+    rule.seen(entry("", 7), 3.0)
+    assert rule.rival is None
+    _write(rule, 3.0, 8)
+    assert rule.rival is None
+    rule.seen(entry("c", 9), 4.0)  # it has replaced an entry that was seen
+    assert rule.rival.holder == "c"
+
+
 @pytest.mark.parametrize("value", [b"", b"\xff", b"[]", b'{"holder": 3}'])
 def test_unreadable_value_is_a_lease_that_somebody_holds(value):
     rule = LeaseRule("a", SECONDS)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from brokers import Brokers, brokers
 from processes import LIMIT, Process, free_port, until
+from stream_log import brokers_of
 from system import System, rows_of
 
 from larpixdaq.cli.detector import PROGRAMS
@@ -22,6 +23,7 @@ from larpixdaq.hdf5.verify import verify
 from larpixdaq.keys import credentials
 from larpixdaq.keys.key_store import KeyStore
 from larpixdaq.operator import Operator
+from larpixdaq.stream.lease import Bucket
 
 #: Seconds until the second core has taken over a run, with what a busy test machine adds to 15.
 TAKEOVER = 20.0
@@ -160,6 +162,8 @@ def test_core_without_standby_does_not_wait_for_a_living_one(pair: Pair) -> None
     second = pair.launch_one("second")
     assert second.wait() == 1
     assert "has another key than this one: copy its key store" in second.stderr
+    with contextlib.closing(Bucket(brokers_of(pair.broker), "test")) as bucket:
+        assert bucket.get(["core.waits"]) == [None]  # so that no status shows it as on standby
     shutil.copy(pair.folder / "first" / "keys" / "core.json", pair.folder / "second" / "keys" / "core.json")
     second = pair.launch_one("second")
     assert second.wait() == 1
@@ -172,8 +176,9 @@ def test_restarted_core_waits_for_its_own_old_lease(pair: Pair) -> None:
     first = pair.launch_one("first")
     pair.operator_of("first").close()
     first.kill()
-    pair.launch_one("first")
+    again = pair.launch_one("first")
     pair.operator_of("first").close()
+    assert "on standby" not in again.stderr  # nor that the dead one is active
 
 
 @pytest.mark.parametrize(

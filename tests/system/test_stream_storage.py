@@ -106,6 +106,7 @@ def test_two_runs_of_an_emulated_board_and_a_late_analysis(line: System, one: Br
         ports = [f"{group}=127.0.0.1:{port['data']}" for group, port in board.ready.items()]
         operator = start(line, one, "--pacman", *ports, name="emulated")
         prepare(operator)
+        assert "PAUSED" not in line.processes["core"].stderr  # while the producer made its stream
         operator.begin_run().result(LIMIT)
         board.go()
         until(lambda: operator.summary().result(LIMIT)["rate"] > 10_000, "the monitor to show a rate")
