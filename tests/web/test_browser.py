@@ -7,11 +7,12 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from emulated_board import Emulator
-from fake_core import Actor, all_running, storage_status
+from fake_core import Actor, all_running, producer_status, storage_status
 from processes import LIMIT, until
 from selenium.webdriver.common.keys import Keys
 from system import System
@@ -315,7 +316,7 @@ def write_everywhere(page: Browser, tab: str) -> bool:
 def test_killed_component_and_gone_monitor(page: Browser, line: System, operator: Operator) -> None:
     begin_by_clicking(page)
     page.tab("monitor")
-    page.wait_text(".groups table", "packets/s")
+    page.wait_text(".io-groups table", "packets/s")
     line.processes["run_data"].popen.send_signal(signal.SIGKILL)
     page.wait_text("#panel-monitor .stale-word", "OLD")
     assert page.find("#panel-monitor > .old")
@@ -642,17 +643,17 @@ def test_components_in_groups(page: Browser, line: System) -> None:
     """Components with modules are in groups that fold, the worst first; what is around them does not move."""
 
     def order() -> list[str]:
-        found = [one.get_attribute("aria-label") for one in page.all(".group")]
+        found = [one.get_attribute("aria-label") for one in page.all(".components .group")]
         return [name for name in found if name.startswith("module")]  # other components are in a group of this host
 
     def places() -> list[float]:
-        panels = [".groups", ".boards", ".log-panel", ".group:first-child > header"]
+        panels = [".components .groups", ".boards", ".log-panel", ".components .group:first-child > header"]
         return page.run("return arguments[0].map((one) => document.querySelector(one).offsetTop)", panels) + page.run(
             "return arguments[0].map((one) => document.querySelector(one).offsetHeight)", panels
         )
 
     def shown(module: str) -> list[str]:
-        return [one.text for one in page.all(f".group[aria-label='{module}'] tbody td:first-child")]
+        return [one.text for one in page.all(f".components .group[aria-label='{module}'] tbody td:first-child")]
 
     stores = [
         Actor(line.core, f"disk {number}", "storage", {"directory": SCRIPT}, {}, module=f"module {number % 3}")
@@ -677,11 +678,12 @@ def test_components_in_groups(page: Browser, line: System) -> None:
         assert len(moved) == 1, moved  # the line above moves all of the page alike
         page.click("Show 2 more", ".group[aria-label='module 2']")
         page.wait(lambda: shown("module 2") == ["disk 5", "disk 2", "disk 8"], "the whole group")
-        page.click("module 1", ".groups")
+        page.click("module 1", ".components .groups")
         page.wait(lambda: shown("module 1") == ["disk 1", "disk 4", "disk 7"], "a group without a problem, unfolded")
         # Who points at the groups does not have them move away.
         page.run("""
-            const point = () => document.querySelector(".groups").dispatchEvent(new PointerEvent("pointermove"));
+            const box = document.querySelector(".components .groups");
+            const point = () => box.dispatchEvent(new PointerEvent("pointermove"));
             point();
             window.pointing = setInterval(point, 500);
         """)
@@ -695,7 +697,83 @@ def test_components_in_groups(page: Browser, line: System) -> None:
         page.wait(lambda: len(shown("module 0")) == 3, "all groups unfolded")
         page.click("Fold", ".components")
         page.wait(lambda: shown("module 1") == ["disk 1"], "all groups folded")
-    page.wait(lambda: not page.find(".groups").is_displayed(), "a line for each component again")
+    page.wait(lambda: not page.find(".components .groups").is_displayed(), "a line for each component again")
+
+
+def test_boards_and_alarms_in_groups(page: Browser, line: System) -> None:
+    """Many boards and many alarms are in the groups of their components, and fold by the keyboard, too."""
+
+    def boards(module: int, **changed: Any) -> list[dict[str, Any]]:
+        names = {io_group: f"board {io_group}" for io_group in range(10 * module + 1, 10 * module + 8)}
+        return [{"io_group": io_group, "name": name} | changed for io_group, name in names.items()]
+
+    def header(panel: str, place: int) -> list[str]:
+        return page.text(f"{panel} .group:nth-child({place}) > header").split("\n")
+
+    def rows(panel: str, module: str) -> list[str]:
+        return [one.text for one in page.all(f"{panel} .group[aria-label='{module}'] tbody tr")]
+
+    info = {"stream": ["tcp://127.0.0.1:1", ""], "layout": 2, "asic": "2b", "source": "none"}
+    producers = [
+        Actor(
+            line.core, f"boards {module}", "producer", info | {"epoch": module, "io_groups": []}, {},
+            module=f"module {module}",
+        )
+        for module in (1, 2)
+    ]  # fmt: skip
+    disk = Actor(line.core, "disk", "storage", {"directory": "/data"}, {}, module="module 2")
+    disk.status = storage_status()
+    for module, producer in enumerate(producers, 1):
+        producer.status = producer_status(boards=boards(module))
+    with all_running(*producers, disk):
+        page.wait(lambda: len(page.all(".boards .group")) == 3, "groups of boards: of two modules and of this host")
+        assert [header(".boards", place)[:2] for place in (2, 3)] == [
+            [f"module {module}", "7 boards connected"] for module in (1, 2)
+        ]
+        assert len(page.all(".boards .members[hidden]")) == 3
+        assert not page.find(".alarm-panel .groups").is_displayed()
+        height = page.run("return document.querySelector('.alarm-panel').offsetHeight")
+        away, *others = boards(1, setup=[SCRIPT])
+        producers[0].status = producer_status(boards=[*others, away | {"setup": [], "away_since": 1.0}])
+        producers[1].status = producer_status(boards=boards(2, setup=[SCRIPT]))
+        disk.status = storage_status(paused="no space left")
+
+        page.wait(lambda: header(".boards", 1)[:2] == ["module 1", "ALARM"], "the worst boards first")
+        assert header(".boards", 1)[2] == "7 boards: 1 NOT CONNECTED, 6 connected"
+        assert header(".boards", 2)[:3] == ["module 2", "WARNING", "7 boards connected"]
+        assert "board 11" in rows(".boards", "module 1")[0]
+        assert [len(rows(".boards", f"module {module}")) for module in (1, 2)] == [7, 7]
+        page.wait_text(".boards > header", "1 NOT CONNECTED")
+
+        page.wait(
+            lambda: (
+                header(".alarm-panel", 1)[:3] == ["module 2", "ALARM", "1 alarm, 7 warnings"]
+                and header(".alarm-panel", 2)[:3] == ["module 1", "WARNING", "7 warnings"]
+            ),
+            "the worst alarms first",
+        )
+        assert header(".alarm-panel", 1)[3] == "PAUSED: disk is not writing: no space left"
+        assert page.run("return document.querySelector('.alarm-panel').offsetHeight") == height
+        page.run("document.querySelector('.alarm-panel .groups').focus()")
+        page.driver.switch_to.active_element.send_keys(Keys.TAB)
+        toggle = page.driver.switch_to.active_element
+        assert toggle.text == "module 2"
+        for expanded, number in (("true", 8), ("false", 0), ("true", 8)):
+            toggle.send_keys(Keys.ENTER)
+            assert toggle.get_attribute("aria-expanded") == expanded
+            shown = [row for row in rows(".alarm-panel", "module 2") if row]
+            assert len(shown) == number
+            assert toggle == page.driver.switch_to.active_element
+        page.click("Acknowledge", ".alarm-panel .group[aria-label='module 2']")
+        page.confirm("Acknowledge")
+        page.wait(
+            lambda: any("7 warnings, 1 acknowledged" in header(".alarm-panel", place) for place in (1, 2, 3)),
+            "the acknowledged alarm",
+        )
+        assert len(rows(".alarm-panel", "module 2")) == 8
+        page.click("Unfold all", ".alarm-panel")
+        page.wait(lambda: len(rows(".alarm-panel", "module 1")) == 7, "all groups unfolded")
+    page.wait(lambda: not page.find(".boards .groups").is_displayed(), "a line for each board again")
 
 
 def test_chromium_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

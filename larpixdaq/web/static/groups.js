@@ -1,19 +1,60 @@
-// Components in groups by module or host, in the order of the web server: the worst first. A group without a problem is
-// one line; one with a problem shows the components that have it. The box has a fixed height, so that nothing around it
-// moves, and the order stays while somebody points at it.
+// Rows of a table in groups by module or host, the worst group first. A folded group is one line; one with a problem
+// shows the rows that have it. The box has a fixed height, so that nothing around it moves, and the order stays while
+// somebody points at it.
 
 import { button, element, setAttribute, setText } from "./elements.js";
+import { rank, worst } from "./health.js";
 
 const HELD = 5000; // ms for which the order stays after the pointer was moved over the groups
+const MANY = 12; // maximum rows of a table without groups, as in component_groups.py
+
+// Puts items into groups by name, in the order in which the web server has the groups of components: the worst first,
+// then the one with more problems, then by name. `about(items)` returns two texts, `state` and `figures`.
+export function makeGroups(items, { nameOf, levelOf, about }) {
+  const byName = new Map();
+  for (const item of items) {
+    const name = nameOf(item);
+    if (!byName.has(name)) byName.set(name, []);
+    byName.get(name).push({ item, level: levelOf(item) });
+  }
+  const groups = [...byName].map(([name, members]) => {
+    members.sort((one, other) => rank(other.level) - rank(one.level));
+    const level = worst(members.map((member) => member.level));
+    return { name, level, members, ...about(members.map((member) => member.item)) };
+  });
+  const bad = (group) => group.members.filter((member) => member.level).length;
+  return groups.sort(
+    (one, other) =>
+      rank(other.level) - rank(one.level) ||
+      bad(other) - bad(one) ||
+      one.name.localeCompare(other.name, "en", { numeric: true }),
+  );
+}
+
+// The name of the group of each component; null when a table with so many rows needs no groups. `groups`: those of the
+// components, as in the section of the state.
+export function groupNames(groups, rows) {
+  if (!groups || rows <= MANY) return null;
+  return new Map(groups.flatMap((group) => group.members.map((member) => [member.name, group.name])));
+}
 
 export class Groups {
-  // `makeTable` makes a Table of components with a label.
-  constructor(makeTable) {
+  // `makeTable` makes a Table with a label, `keyOf(item)` the key of a row. `folded`: groups with a problem are folded,
+  // too, until somebody unfolds them.
+  constructor(label, makeTable, keyOf, { folded = false } = {}) {
+    this.label = label;
     this.makeTable = makeTable;
+    this.keyOf = keyOf;
+    this.folded = folded;
     this.rows = new Map(); // by name of the group
     this.unfolded = false; // all groups
     this.moved = -Infinity;
-    this.node = element("div", { class: "groups", role: "group", "aria-label": "Groups of components", tabindex: "0" });
+    this.node = element("div", {
+      class: "groups",
+      role: "group",
+      "aria-label": `${label} in groups`,
+      tabindex: "0",
+    });
     this.node.addEventListener("pointermove", () => {
       this.moved = performance.now();
     });
@@ -27,9 +68,10 @@ export class Groups {
     });
   }
 
-  // `groups`: as in the section of the state. `components`: all components, by name.
-  update(groups, components) {
-    this.components = components;
+  // `groups`: [{name, level, state, figures, members: [{item, level}]}], or null while the rows need no groups.
+  update(groups) {
+    this.node.hidden = this.toggleAll.hidden = !groups;
+    if (!groups) return;
     const held = this.rows.size > 0 && performance.now() - this.moved < HELD;
     const places = new Map([...this.rows.keys()].map((name, place) => [name, place]));
     const place = (group) => places.get(group.name) ?? places.size;
@@ -40,7 +82,7 @@ export class Groups {
       row.group = group;
       if (!held && row.level !== group.level) {
         row.level = group.level;
-        row.choice = null; // what somebody folded or unfolded in another state of the group
+        if (!this.folded) row.choice = null; // what somebody folded or unfolded in another state of the group
       }
       this.fill(row);
       rows.set(group.name, row);
@@ -60,7 +102,8 @@ export class Groups {
   make(group) {
     const row = { group, level: group.level, choice: null, table: null };
     row.toggle = button(group.name, () => {
-      row.choice = this.shows(row) !== "none" ? "none" : row.level ? null : "all";
+      const usual = this.folded || !row.level ? "all" : null;
+      row.choice = this.shows(row) !== "none" ? "none" : usual;
       this.fill(row);
     });
     row.word = element("b");
@@ -82,7 +125,7 @@ export class Groups {
 
   // Which members are shown: "none", "bad" or "all".
   shows(row) {
-    return row.choice ?? (this.unfolded ? "all" : row.level ? "bad" : "none");
+    return row.choice ?? (this.unfolded ? "all" : row.level && !this.folded ? "bad" : "none");
   }
 
   fill(row) {
@@ -98,15 +141,13 @@ export class Groups {
     row.members.hidden = shows === "none";
     if (shows === "none") return;
     if (!row.table) {
-      row.table = this.makeTable(`Components of ${group.name}`);
+      row.table = this.makeTable(`${this.label} of ${group.name}`);
       row.members.append(row.table.node, row.rest);
     }
     const shown = group.members.filter((member) => shows === "all" || member.level);
     row.table.update(
-      shown
-        .filter((member) => this.components.has(member.name))
-        .map((member) => ({ ...this.components.get(member.name), problems: member.problems })),
-      (component) => `${component.name} ${component.alive}`,
+      shown.map((member) => member.item),
+      this.keyOf,
     );
     const rest = group.members.length - shown.length;
     row.rest.hidden = !rest;

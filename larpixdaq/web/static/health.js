@@ -4,8 +4,8 @@ import { age, bytes, count, cut, known, percent, plural, rate, utc } from "./for
 
 // Levels, from the least important. "stale": the number is old, or nothing is known.
 const ORDER = ["", "note", "warning", "stale", "alarm"];
-export const worst = (levels) =>
-  levels.reduce((found, level) => (ORDER.indexOf(level) > ORDER.indexOf(found) ? level : found), "");
+export const rank = (level) => ORDER.indexOf(level);
+export const worst = (levels) => levels.reduce((found, level) => (rank(level) > rank(found) ? level : found), "");
 
 export const components = (live, kind) =>
   (live.state.status?.components ?? []).filter((component) => !kind || component.kind === kind);
@@ -132,7 +132,7 @@ export function problems(live) {
       "warning",
       `audit: ${plural(status.audit.lost ?? 0, "row")} lost${status.audit.error ? `: ${status.audit.error}` : ""}`,
     );
-  return found.sort((one, other) => ORDER.indexOf(other.level) - ORDER.indexOf(one.level));
+  return found.sort((one, other) => rank(other.level) - rank(one.level));
 }
 
 // A group in one line: how many of its components live, and the worst of them.
@@ -221,6 +221,22 @@ function supervisor(facts) {
     ...restarted.map((process) => `${process.name} started again ${process.restarts} ×, last: it ${process.last_exit}`),
   ];
 }
+
+const VERDICTS = { suspect: "warning", lost: "alarm" };
+export const verdictLevel = (board) => VERDICTS[board.verdict] ?? "";
+
+// What is doubtful about a board's data, as texts.
+export function doubts(board) {
+  const silent = known(board.counts?.silent) ? `no packet for ${age(board.counts.silent)}` : "";
+  return [...(board.setup ?? []), board.changed, silent].filter(Boolean);
+}
+
+export const boardLevel = (board) =>
+  worst([
+    !board.alive || known(board.away_since) ? "alarm" : "",
+    verdictLevel(board),
+    doubts(board).length ? "warning" : "",
+  ]);
 
 // All boards: [{producer, alive, io_group, name, ...}].
 export function boards(live) {

@@ -191,7 +191,7 @@ export class MonitorTab {
       ],
       { empty: "no packet in this run yet" },
     );
-    const made = panel("io_groups", { class: "groups" }, this.groups.node);
+    const made = panel("io_groups", { class: "io-groups" }, this.groups.node);
     this.groupNote = made.note;
     return made.panel;
   }

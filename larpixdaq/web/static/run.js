@@ -15,8 +15,18 @@ import {
   setText,
 } from "./elements.js";
 import { age, brief, clock, count, cut, digits, duration, known, percent, plural, seconds, utc } from "./format.js";
-import { Groups } from "./groups.js";
-import { boards, components, current, details, elapsed, heard } from "./health.js";
+import { Groups, groupNames, makeGroups } from "./groups.js";
+import {
+  boardLevel,
+  boards,
+  components,
+  current,
+  details,
+  doubts,
+  elapsed,
+  heard,
+  verdictLevel,
+} from "./health.js";
 
 const LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"];
 const HISTORY = [
@@ -25,6 +35,9 @@ const HISTORY = [
   ["86400", "last 24 h"],
   ["604800", "last 7 days"],
 ];
+const componentKey = (component) => `${component.name} ${component.alive}`;
+const boardKey = (board) => `${board.producer} ${board.io_group}`;
+const alarmKey = (alarm) => alarm.id;
 
 export class RunTab {
   constructor(app) {
@@ -35,12 +48,19 @@ export class RunTab {
     const run = this.runPanel();
     const alarms = this.alarmPanel();
     this.components = this.componentTable("Components");
-    this.groups = new Groups((label) => this.componentTable(label, ["run", "queued", "log from"]));
-    this.boards = this.boardTable();
+    this.groups = new Groups(
+      "Components",
+      (label) => this.componentTable(label, ["run", "queued", "log from"]),
+      componentKey,
+    );
+    this.boards = this.boardTable("Boards");
+    this.boardGroups = new Groups("Boards", (label) => this.boardTable(label), boardKey);
     const componentPanel = panel("Components", { class: "components" }, this.components.node, this.groups.node);
     componentPanel.tools.append(this.groups.toggleAll);
     this.componentNote = componentPanel.note;
-    const boardPanel = panel("Boards", { class: "boards" }, this.boards.node);
+    const boardPanel = panel("Boards", { class: "boards" }, this.boards.node, this.boardGroups.node);
+    boardPanel.tools.append(this.boardGroups.toggleAll);
+    this.boardNote = boardPanel.note;
     this.node = element(
       "div",
       { class: "grid run-grid" },
@@ -105,9 +125,9 @@ export class RunTab {
     return made.panel;
   }
 
-  alarmPanel() {
-    this.alarms = new Table(
-      "Open alarms",
+  alarmTable(label) {
+    return new Table(
+      label,
       [
         {
           title: "level",
@@ -144,6 +164,12 @@ export class RunTab {
       ],
       { empty: "no alarm is open", className: "alarms" },
     );
+  }
+
+  alarmPanel() {
+    this.alarms = this.alarmTable("Open alarms");
+    // Each of them is a problem: unfolded they would be as long as their table.
+    this.alarmGroups = new Groups("Open alarms", (label) => this.alarmTable(label), alarmKey, { folded: true });
     this.history = new Table(
       "History of alarms",
       [
@@ -180,13 +206,16 @@ export class RunTab {
       this.acknowledge((this.live.state.alarms ?? []).filter((alarm) => !alarm.acknowledged)),
     );
     this.acknowledgeAll = all;
+    this.alarmBox = element("div", { class: "scroll-box" }, this.alarms.node);
     const made = panel(
       "Alarms",
       { class: "alarm-panel" },
-      element("div", { class: "scroll-box" }, this.alarms.node),
+      this.alarmBox,
+      this.alarmGroups.node,
       element("div", { class: "row" }, all, this.span, show),
       this.history.node,
     );
+    made.tools.append(this.alarmGroups.toggleAll);
     this.alarmNote = made.note;
     return made.panel;
   }
@@ -236,10 +265,10 @@ export class RunTab {
     return component.stuck ? ["stuck", "warning"] : ["alive", "alive"];
   }
 
-  boardTable() {
+  boardTable(label) {
     const share = (board, part) => (board.counts?.packets ? percent(board.counts[part] / board.counts.packets) : "–");
     return new Table(
-      "Boards",
+      label,
       [
         { title: "io_group", number: true, text: (board) => String(board.io_group) },
         { title: "board", wide: true, text: (board) => board.name, hint: (board) => `read by ${board.producer}` },
@@ -267,7 +296,7 @@ export class RunTab {
         {
           title: "verdict",
           text: (board) => board.verdict || "not known",
-          level: (board) => ({ suspect: "warning", lost: "alarm" })[board.verdict] ?? "",
+          level: verdictLevel,
           hint: () => "verdict on losses between chips and this computer, in the run",
         },
         { title: "packets", number: true, text: (board) => (board.counts ? count(board.counts.packets) : "–") },
@@ -281,15 +310,8 @@ export class RunTab {
         {
           title: "doubts",
           wide: true,
-          text: (board) =>
-            [
-              ...(board.setup ?? []),
-              board.changed,
-              known(board.counts?.silent) ? `no packet for ${age(board.counts.silent)}` : "",
-            ]
-              .filter(Boolean)
-              .join("; ") || "–",
-          level: (board) => (board.setup?.length || board.changed || known(board.counts?.silent) ? "warning" : ""),
+          text: (board) => doubts(board).join("; ") || "–",
+          level: (board) => (doubts(board).length ? "warning" : ""),
         },
       ],
       { empty: "no producer reports a board" },
@@ -481,7 +503,7 @@ export class RunTab {
     this.showRun(status);
     this.showAlarms(alarms);
     this.showComponents(status);
-    this.boards.update(status ? boards(this.live) : null, (board) => `${board.producer} ${board.io_group}`);
+    this.showBoards(status);
     if (!changed || changed.has("log") || changed.has("status")) this.showLog();
   }
 
@@ -495,17 +517,50 @@ export class RunTab {
     const { groups } = this.live.state;
     const named = components(this.live);
     const all = status ? this.withCore(status) : null;
-    this.components.update(groups ? all?.slice(0, 1) : all, (component) => `${component.name} ${component.alive}`);
+    this.components.update(groups ? all?.slice(0, 1) : all, componentKey);
     this.node.classList.toggle("grouped", Boolean(groups));
-    this.groups.node.hidden = this.groups.toggleAll.hidden = !groups;
-    if (groups) this.groups.update(groups, new Map(named.map((component) => [component.name, component])));
+    const byName = new Map(named.map((component) => [component.name, component]));
+    const withComponents = (group) => ({
+      ...group,
+      members: group.members
+        .filter((member) => byName.has(member.name))
+        .map(({ name, level, problems }) => ({ level, item: { ...byName.get(name), problems } })),
+    });
+    this.groups.update(groups?.map(withComponents));
     const alive = named.filter((component) => component.alive).length;
-    const bad = groups?.filter((group) => group.level).length;
     const note = [
       `${plural(alive, "component")} alive, ${named.length - alive} lost`,
-      ...(groups ? [`${bad} of ${plural(groups.length, "group")} with a problem`] : []),
+      ...(groups ? [withProblem(groups)] : []),
     ];
     setText(this.componentNote, status ? note.join("; ") : "");
+  }
+
+  // The boards; many of them in groups by the module or host of their producer.
+  showBoards(status) {
+    const found = status ? boards(this.live) : null;
+    const names = groupNames(this.live.state.groups, found?.length ?? 0);
+    this.boards.node.hidden = Boolean(names);
+    if (!names) this.boards.update(found, boardKey);
+    const groups =
+      names &&
+      makeGroups(found, {
+        nameOf: (board) => names.get(board.producer) ?? "others",
+        levelOf: boardLevel,
+        about: (members) => ({ state: this.connections(members), figures: boardFigures(members) }),
+      });
+    this.boardGroups.update(groups);
+    setText(this.boardNote, groups ? [this.connections(found), withProblem(groups)].join("; ") : "");
+  }
+
+  // How many boards are connected: "12 boards connected", "12 boards: 1 NOT CONNECTED, 2 not known, 9 connected".
+  connections(found) {
+    const words = found.map((board) => this.connection(board)[0].replace(/ for .*/, ""));
+    const numbers = ["NOT CONNECTED", "not known", "connected"]
+      .map((word) => [words.filter((one) => one === word).length, word])
+      .filter(([number]) => number);
+    const boards = plural(found.length, "board");
+    if (numbers.length === 1 && numbers[0][1] === "connected") return `${boards} connected`;
+    return `${boards}: ${numbers.map(([number, word]) => `${number} ${word}`).join(", ")}`;
   }
 
   // The files of the run: those that storages have open, or those that it has when it has ended.
@@ -612,9 +667,20 @@ export class RunTab {
               .find((part) => part) ?? 0,
         )
       : null;
-    this.alarms.update(sorted, (alarm) => alarm.id);
+    const names = groupNames(this.live.state.groups, sorted?.length ?? 0);
+    this.alarmBox.hidden = Boolean(names);
+    if (!names) this.alarms.update(sorted, alarmKey);
+    const groups =
+      names &&
+      makeGroups(sorted, {
+        nameOf: (alarm) => (alarm.component ? (names.get(alarm.component) ?? "others") : "core"),
+        levelOf: (alarm) => (alarm.acknowledged ? "" : alarm.level),
+        about: (members) => ({ state: severities(members), figures: members[0].text }),
+      });
+    this.alarmGroups.update(groups);
     const old = sorted && !current(this.live) ? `as of ${age(this.live.age("alarms"))} ago` : "";
-    setText(this.alarmNote, sorted ? [`${sorted.length} open`, old].filter(Boolean).join(", ") : "not known");
+    const open = groups ? `${sorted.length} open: ${severities(sorted)}` : `${sorted?.length} open`;
+    setText(this.alarmNote, sorted ? [open, old].filter(Boolean).join(", ") : "not known");
     this.acknowledgeAll.hidden = !sorted?.some((alarm) => !alarm.acknowledged);
   }
 
@@ -668,4 +734,42 @@ export class RunTab {
     );
     if (anchored) this.lines.scrollTop += this.lines.scrollHeight - before;
   }
+}
+
+const withProblem = (groups) =>
+  `${groups.filter((group) => group.level).length} of ${plural(groups.length, "group")} with a problem`;
+
+// How many alarms there are of each level that nobody has acknowledged, and how many acknowledged ones.
+function severities(alarms) {
+  const number = (level) => alarms.filter((alarm) => !alarm.acknowledged && alarm.level === level).length;
+  const acknowledged = alarms.filter((alarm) => alarm.acknowledged).length;
+  return [
+    [number("alarm"), plural(number("alarm"), "alarm")],
+    [number("warning"), plural(number("warning"), "warning")],
+    [acknowledged, `${acknowledged} acknowledged`],
+  ]
+    .filter(([amount]) => amount)
+    .map(([, text]) => text)
+    .join(", ");
+}
+
+// Sums over boards: packets, parity and the verdicts that are not good.
+function boardFigures(found) {
+  const counted = found.filter((board) => board.counts);
+  const sum = (part) => counted.reduce((total, board) => total + Number(board.counts[part]), 0);
+  const packets = sum("packets");
+  const verdicts = ["lost", "suspect"].map((verdict) => [
+    found.filter((board) => board.verdict === verdict).length,
+    verdict,
+  ]);
+  const doubtful = found.filter((board) => doubts(board).length).length;
+  return [
+    ...verdicts.filter(([number]) => number).map(([number, verdict]) => `${number} ${verdict}`),
+    doubtful ? `${doubtful} with doubts` : "",
+    counted.length ? count(packets, "packets") : "no packets counted",
+    counted.length && counted.length < found.length ? `of ${plural(counted.length, "board")}` : "",
+    packets ? `${percent(sum("bad_parity") / packets)} with bad parity` : "",
+  ]
+    .filter(Boolean)
+    .join(", ");
 }
