@@ -53,6 +53,14 @@ def start(line: System, made: Brokers, *source: object, name: str) -> Operator:
 
 
 def prepare(operator: Operator) -> None:
+    """Prepare a run when the producer's stream is there: a monitor would miss what comes before."""
+
+    def connected() -> bool:
+        (producer,) = [c for c in operator.components().result(LIMIT) if c["kind"] == "producer"]
+        return bool((producer["status"].get("uplink") or {}).get("connected"))
+
+    until(connected, "the brokers to take blocks")
+
     def prepared() -> bool:
         try:
             operator.prepare_run().result(LIMIT)
@@ -101,7 +109,7 @@ def check(ended: dict[str, Any], condition: str = "COMPLETE") -> None:
 
 
 def test_two_runs_of_an_emulated_board_and_a_late_analysis(line: System, one: Brokers, tmp_path: Path) -> None:
-    options = ("--io-groups", "2", "--rate", "50000", "--count", "100000", "--lossless", "--wait-for-go")
+    options = ("--io-groups", "2", "--rate", "50000", "--count", "200000", "--lossless", "--wait-for-go")
     with emulator(*options) as board:
         ports = [f"{group}=127.0.0.1:{port['data']}" for group, port in board.ready.items()]
         operator = start(line, one, "--pacman", *ports, name="emulated")
