@@ -243,8 +243,7 @@ def _producer(status: ProducerStatus) -> list[str]:
     if status.inherited:
         parts.append(f"{status.inherited} blocks of its predecessor pending")
     if (uplink := status.uplink) is not None:
-        text = f"{uplink.acknowledged_messages} messages ({size(uplink.acknowledged_bytes)}) at the brokers"
-        parts.append(f"{text}, {uplink.in_flight} on their way" if uplink.in_flight and uplink.connected else text)
+        parts.append(f"{uplink.acknowledged_messages} messages ({size(uplink.acknowledged_bytes)}) at the brokers")
         if uplink.fill is not None:
             parts.append(f"their stream {uplink.fill:.0%} full")
         if not uplink.connected:

@@ -176,7 +176,6 @@ class UplinkStatus(msgspec.Struct):
     acknowledged_bytes: int = 0
     fill: float | None = None  # fraction of the stream's size in use; None: not known
     lost_messages: int = 0  # that the brokers had acknowledged and then lost
-    in_flight: int = 0  # messages that wait for their acknowledgement now
     restarts: int = 0  # of the process that publishes
     problem: str = ""  # why blocks wait; "" when they do not
 

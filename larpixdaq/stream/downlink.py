@@ -74,10 +74,13 @@ ABANDONED_AFTER: Final = 7 * 24 * 3600.0
 ACK_DELAY: Final = 0.05
 #: Seconds between two attempts to connect to the brokers, or to subscribe.
 RETRY_INTERVAL: Final = 0.5
-#: Failures to subscribe after which another broker is tried, because this one may be cut off from the others.
+#: Failures to subscribe after which another broker is tried, because this one may be cut off from the others; then
+#: after twice as many each time, because all streams are read anew from there.
 MAX_FAILURES: Final = 2
 #: Seconds for which a producer that has registered may be without a stream at the brokers, which it makes itself.
 MISSING_AFTER: Final = 10.0
+#: Seconds between two looks for consumers that were left behind.
+CLEANING_INTERVAL: Final = 30.0
 #: Maximum number of blocks that wait for a monitor; further ones are skipped.
 LATEST_BLOCKS: Final = 32
 #: Messages behind the newest one from which on a monitor begins again at the newest.
@@ -164,7 +167,8 @@ class Downlink:
         self._loop = asyncio.new_event_loop()
         self._connection: asyncio.Future[Client] | None = None
         self._broker = ""  # address of the last one
-        self._end: Callable[[str], None] | None = None  # ends the present connection
+        self._ended = asyncio.Event()  # of the present connection
+        self._knows_streams = False  # those with a position of this storage
         self._closing = asyncio.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"stream of {name}", daemon=True)
@@ -322,7 +326,7 @@ class Downlink:
         """Connect to the brokers, and again when the connection is lost."""
         assert self._connection is not None
         while True:
-            ended = asyncio.Event()
+            ended = self._ended = asyncio.Event()
             reasons: list[str] = []
 
             def lost(reason: str, ended: asyncio.Event = ended, reasons: list[str] = reasons) -> None:
@@ -340,16 +344,15 @@ class Downlink:
                     log.warning("the brokers are connected again")
                 self._problem = self._warned = ""
                 self._broker = client.connected_url.netloc if client.connected_url is not None else ""
-                self._end = lost
-                if self.mode == "all":
+                if self.mode == "all" and not self._knows_streams:
                     await self._add_known(client)
                 self._connection.set_result(client)
                 await ended.wait()
+                if reasons:  # otherwise a reader has left it, and has said why
+                    self._fail(f"connection to the brokers lost: {reasons[0]}")
             finally:
-                self._end = None
+                self._connection = self._loop.create_future()
                 await jetstream.close(client)
-            self._connection = self._loop.create_future()
-            self._fail(f"connection to the brokers lost: {reasons[0]}")
             for reader in self._readers.values():
                 reader.renew()
 
@@ -369,11 +372,11 @@ class Downlink:
         assert self._connection is not None
         return await asyncio.shield(self._connection)
 
-    def leave(self, client: Client, reason: str) -> None:
-        """End this connection, if it is still the present one, and connect to another broker."""
-        if self._connection is not None and self._connection.done() and self._connection.result() is client:
-            assert self._end is not None
-            self._end(reason)
+    def leave(self, client: Client) -> None:
+        """End this connection, if it is still the present one, and connect to another broker, if there is one."""
+        present = self._connection is not None and self._connection.done() and self._connection.result() is client
+        if present and len(self._brokers.servers) > 1:
+            self._ended.set()
 
     def _set_present(self, producers: list[str]) -> None:
         now = time.monotonic()
@@ -386,7 +389,10 @@ class Downlink:
                 self._readers[producer] = StreamReader(self, producer)
 
     async def _add_known(self, client: Client) -> None:
-        """Read all streams in which this storage has a position, also those of producers that do not run any more."""
+        """Read all streams in which this storage has a position, also those of producers that do not run any more.
+
+        They are asked for once, because later only this storage adds to them.
+        """
         context = client.jetstream(timeout=jetstream.API_LIMIT)
         try:
             for name in await stream_names(context, "larpixdaq.>"):
@@ -394,6 +400,7 @@ class Downlink:
                 if token != name and any(map(self.is_own, await self.floors(context, name))):
                     with contextlib.suppress(ValueError):
                         self._add([jetstream.producer_of(token)])
+            self._knows_streams = True
         except Exception as error:  # the core names the living producers
             log.warning("the streams of producers that have ended are not known: %s", jetstream.describe(error))
 
@@ -476,7 +483,6 @@ class StreamReader:
         self._inbox: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._client: Client | None = None
         self._consumer = ""
-        self._previous: set[str] = set()  # durable consumers to be removed when there is a new one
         self._reply = ""
         self._sending: set[asyncio.Task[None]] = set()
         self.task = asyncio.get_running_loop().create_task(self._run())
@@ -550,7 +556,7 @@ class StreamReader:
             client = None
             try:
                 client = await self._downlink.client()
-                while not self._downlink.holds():  # a new consumer would replace that of the storage with the lease
+                while not self._downlink.holds():  # the storage with the lease removes all consumers but its own
                     await asyncio.sleep(RETRY_INTERVAL / 10)
                 async with contextlib.AsyncExitStack() as stack:
                     await self._subscribe(client, stack)
@@ -566,10 +572,12 @@ class StreamReader:
                     await asyncio.sleep(RETRY_INTERVAL if self._delivery == 0 else RETRY_INTERVAL / 10)
             except Exception as error:
                 self._fail(error)
-                failures += jetstream.error_code(error) != jetstream.NO_STREAM
-                if failures >= MAX_FAILURES and client is not None:
-                    failures = 0
-                    self._downlink.leave(client, self.problem or jetstream.describe(error))
+                leaves = isinstance(error, jetstream.CutOff)
+                if not leaves and jetstream.error_code(error) in (0, *jetstream.TEMPORARY):  # else the brokers refuse
+                    failures += 1
+                    leaves = failures >= MAX_FAILURES and failures.bit_count() == 1
+                if leaves and client is not None:
+                    self._downlink.leave(client)
                 await asyncio.sleep(RETRY_INTERVAL)
 
     def _fail(self, error: Exception) -> None:
@@ -595,8 +603,9 @@ class StreamReader:
 
     async def _subscribe(self, client: Client, stack: contextlib.AsyncExitStack) -> None:
         """Make the consumer. What `stack` closes ends it."""
+        self._consumer = ""  # nothing is requested meanwhile: it would come from the previous one
         context = client.jetstream(timeout=jetstream.API_LIMIT)
-        info = await context.stream_info(self.stream)
+        info = await jetstream.stream_info(context, self.stream)
         config = await self._config(context, info)
         inbox: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._inbox = inbox
@@ -604,9 +613,10 @@ class StreamReader:
         subscription = await client.subscribe(self._reply, cb=inbox.put)
         stack.push_async_callback(_quietly, subscription.unsubscribe)
         made = await context.add_consumer(self.stream, config)
-        cleaning = asyncio.get_running_loop().create_task(self._remove_previous(context, made.name))
-        stack.push_async_callback(_cancelled, [cleaning])
-        if not config.durable_name:
+        if config.durable_name:
+            cleaning = asyncio.get_running_loop().create_task(self._remove_others(context, made.name))
+            stack.push_async_callback(_cancelled, [cleaning])
+        else:
             stack.push_async_callback(_quietly, partial(remove_consumer, context, self.stream, made.name))
         self._unacknowledged = deque(entry._replace(reply="") for entry in self._unacknowledged)
         self._client, self._consumer = client, made.name
@@ -614,15 +624,21 @@ class StreamReader:
         self._put_off_look()
         self.request_more()
 
-    async def _remove_previous(self, context: JetStreamContext, present: str) -> None:
-        """Remove the durable consumers before the present one, which would keep the stream from making room."""
-        for name in self._previous - {present}:
-            while name in self._previous:
-                try:
-                    await remove_consumer(context, self.stream, name)
-                    self._previous.discard(name)
-                except Exception:  # during an election
-                    await asyncio.sleep(RETRY_INTERVAL)
+    async def _remove_others(self, context: JetStreamContext, present: str) -> None:
+        """Remove all other durable consumers of this storage's name, which would keep the stream from making room.
+
+        One that was asked for without an answer may be made late, so they are looked for again and again. None of them
+        is that of a storage which takes the lease over meanwhile, because that one is made after the look.
+        """
+        while True:
+            try:
+                found = await self._downlink.floors(context, self.stream)
+                if self._downlink.holds():
+                    for name in found.keys() - {present}:
+                        await remove_consumer(context, self.stream, name)
+                await asyncio.sleep(CLEANING_INTERVAL)
+            except Exception:  # during an election
+                await asyncio.sleep(RETRY_INTERVAL)
 
     async def _config(self, context: JetStreamContext, info: StreamInfo) -> ConsumerConfig:
         """Return the configuration of the consumer, which begins with the next message that is wanted."""
@@ -648,7 +664,6 @@ class StreamReader:
         await self._find_start(context, info)
         # Not the one of the last attempt: its group of brokers may have lost its first leader, and elect another one.
         name = f"{self._downlink.durable}_{secrets.token_hex(4)}"
-        self._previous.add(name)  # also if nobody knows whether it was made
         return ConsumerConfig(
             durable_name=name, inactive_threshold=ABANDONED_AFTER, ack_policy=AckPolicy.ALL,
             ack_wait=ACK_WAIT, max_ack_pending=MAX_UNACKNOWLEDGED, deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
@@ -660,7 +675,8 @@ class StreamReader:
         or with the first message of a run that it has not read from there yet.
 
         Only the first time the consumers at the brokers are asked, since during an election there is no answer. They
-        are removed when there is a new one, because what no consumer needs may be removed from a stream.
+        are removed when there is a new one (_remove_others), also those of other directories, because this storage has
+        the lease now. Not before, because what no consumer needs may be removed from a stream.
         """
         last, runs = info.state.last_seq, set(self._runs)
         if self._expected is None:
@@ -670,7 +686,6 @@ class StreamReader:
             floor = min(known) if known else min([*floors.values(), last])
             if not known and (newest := self._downlink.newest_run()):
                 runs.add(newest)
-            self._previous |= floors.keys()  # also those of other directories: this storage has the lease now
             self._expected, self._acked = floor + 1, floor
         elif last + 1 < self._expected:  # after a power cut
             log.error(
@@ -719,8 +734,7 @@ class StreamReader:
         """Begin again when requested messages that the stream has do not come. Called at each sign of life.
 
         Each consumer has its own leader among the brokers. One that stood still for a time may know nothing of newer
-        messages for minutes, though it gives signs of life. The leader of the stream knows them, unless it is cut off
-        from the other brokers and does not know yet that they have elected another one.
+        messages for minutes, though it gives signs of life. The leader of the stream knows them.
         """
         if time.monotonic() < self._look_at or self._expected is None or self._client is None:
             return
@@ -730,11 +744,8 @@ class StreamReader:
         self._look_at = time.monotonic() + LOOK_INTERVAL
         last = self._last
         if last is None:
-            info = await self._client.jetstream(timeout=jetstream.API_LIMIT).stream_info(self.stream)
-            if jetstream.is_alone(info):
-                self._downlink.leave(self._client, f"the stream of {self.producer} is led by a broker that is cut off")
-                raise _Lost("its leader is cut off")
-            last = info.state.last_seq
+            context = self._client.jetstream(timeout=jetstream.API_LIMIT)
+            last = (await jetstream.stream_info(context, self.stream)).state.last_seq
         if last < self._expected:
             self._missed = None
         elif self._missed == self._expected:

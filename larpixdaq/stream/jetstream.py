@@ -49,12 +49,11 @@ _SILENT_AFTER: Final = 3.0
 _DUPLICATE_WINDOW: Final = 120.0
 #: Oldest version of a broker. Consumers of 2.12 begin at other positions than those of 2.14.
 OLDEST: Final = (2, 14)
-#: The client holds no more than the messages in flight, so that it never waits for the network.
+#: Far more than the client ever holds, so that nothing waits for the network in publish().
 _PENDING_BYTES: Final = 128 << 20
 #: Error codes of JetStream.
 NO_STREAM: Final = 10059
 OTHER_SETTINGS: Final = 10058
-WRONG_LAST_ID: Final = 10070
 WRONG_LAST_SEQUENCE: Final = 10071
 STREAM_FULL: Final = 10077
 ID_IN_PROCESS: Final = 10158
@@ -76,6 +75,10 @@ _MEANINGS: Final = {
     10077: "the stream is full",
     10118: "the brokers have no leader yet: most of them must be there, and then elect one",
 }
+
+
+class CutOff(BrokerError):
+    """The leader of a stream does not hear most of the stream's brokers, which may have another leader."""
 
 
 class Brokers(NamedTuple):
@@ -502,6 +505,14 @@ def _differences(wanted: StreamConfig, found: StreamConfig) -> str:
             show = shown.get(field, str)
             differences.append(f"{field} is {show(theirs)}, expected {show(ours)}")
     return ", ".join(differences) or "of kinds that are not used here"
+
+
+async def stream_info(context: JetStreamContext, stream: str) -> StreamInfo:
+    """Return what the leader of a stream knows. CutOff if that may be less than what was acknowledged."""
+    info = await context.stream_info(stream)
+    if is_alone(info):
+        raise CutOff("its leader is cut off from the other brokers")
+    return info
 
 
 def is_alone(info: StreamInfo) -> bool:

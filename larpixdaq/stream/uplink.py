@@ -170,7 +170,6 @@ class Uplink:
             self._total(),
             connected=status.connected and not self._problem,
             fill=status.fill,
-            in_flight=status.in_flight,
             problem=self._problem or status.problem,
         )
 

@@ -185,13 +185,14 @@ class UplinkProcess:
         self.status = UplinkStatus(stream=self._stream, brokers=str(setup.brokers))
         self._encoder = Encoder()
         self._thread = ThreadPoolExecutor(1, "packing")
-        self._news = asyncio.Event()  # frames, acknowledgements or a failure
+        self._news = asyncio.Event()  # frames, or the end of the connection
         self._room = asyncio.Event()  # frames have gone
         self._made = False  # the stream exists, with the right settings
         self._frames: deque[Frame] = deque()  # that the brokers have not acknowledged, the oldest first
         self._waiting_bytes = 0
         self._sent = 0  # number of messages so far
-        self._answer: asyncio.Future[Msg] | None = None  # to the last message
+        #: The answer to the last message, while it is awaited; its result is None when the connection has ended.
+        self._answer: asyncio.Future[Msg | None] | None = None
         self._lost = ""  # why the connection has ended
         self._last_broker = ""  # address
         #: Next sequences by origin: received; and stored by the brokers.
@@ -227,7 +228,6 @@ class UplinkProcess:
     async def _report(self) -> None:
         while True:
             with contextlib.suppress(OSError):
-                self.status.in_flight = int(self._answer is not None)
                 self._sock.send(encode_report(Report(self.status)))
             await asyncio.sleep(REPORT_INTERVAL)
 
@@ -321,7 +321,7 @@ class UplinkProcess:
         self._lost = f"the connection to the brokers was lost: {reason}"
         self._news.set()
         if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(BrokerError(self._lost))
+            self._answer.set_result(None)
 
     def _say(self, problem: str) -> None:
         """Put a problem into the status, and log it once."""
@@ -353,9 +353,9 @@ class UplinkProcess:
             await self._synchronize(context)
             code, reason = await self._publish(client, context, inbox)
             full = code == jetstream.STREAM_FULL and "is full" in reason  # else its disk is, or has failed
-            stale = code in (jetstream.WRONG_LAST_ID, jetstream.WRONG_LAST_SEQUENCE, jetstream.ID_IN_PROCESS)
+            stale = code in (jetstream.WRONG_LAST_SEQUENCE, jetstream.ID_IN_PROCESS)
             self._failures += 1
-            if stale and self._failures < 4:  # as after an election
+            if stale and self._failures < 4:  # as after an election, or when a message came late
                 continue
             self.status.connected = False
             if stale:
@@ -370,9 +370,10 @@ class UplinkProcess:
             await asyncio.sleep(RETRY_INTERVAL)
 
     async def _synchronize(self, context: JetStreamContext) -> None:
-        """Read the end of the stream, and drop the frames that are stored."""
+        """Read the end of the stream, and drop the frames that are stored. BrokerError if its leader is cut off, which
+        may not know the last messages."""
         try:
-            info = await jetstream.retried(lambda: context.stream_info(self._stream), SYNCHRONIZE_LIMIT)
+            info = await jetstream.retried(lambda: jetstream.stream_info(context, self._stream), SYNCHRONIZE_LIMIT)
         except BrokerError as error:
             if error.code == jetstream.NO_STREAM:
                 self._made = False  # somebody has removed it
@@ -493,9 +494,11 @@ class UplinkProcess:
         except asyncio.TimeoutError:  # also that of nats-py
             return 0, f"no acknowledgement of the brokers for {ACK_LIMIT:g} s"
         except (Error, OSError) as error:
-            return 0, jetstream.describe(error)
+            return 0, self._lost or jetstream.describe(error)
         finally:
             self._answer = None
+        if answer is None:
+            raise BrokerError(self._lost)
         if failure := self._refusal(answer, identity):
             return failure
         self._failures = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import select
 import uuid
@@ -225,6 +226,55 @@ def test_a_broker_that_is_killed_and_started_again(tmp_path: Path, stack: contex
     assert taker.sequences == list(range(10))
     until(lambda: log.floor(link) == 10, "all to be acknowledged")
     assert link.problem == ""
+
+
+def test_a_consumer_that_an_earlier_attempt_has_left_behind_is_removed(
+    one: Brokers, tmp_path: Path, stack: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the brokers make late, when the storage has another one already; those of other storages stay."""
+    monkeypatch.setattr(downlink, "CLEANING_INTERVAL", 0.1)
+    log, feed, link = begun(one, tmp_path, stack)
+    taker = Taker(link)
+    log.publish(feed, blocks(feed, 10))
+    taker.wait(1)
+
+    async def make(client: Any) -> None:
+        for name in (f"{link.durable}_0123abcd", downlink.durable_name("Offline", tmp_path)):
+            await client.jetstream().add_consumer(log.name, durable_name=name)
+
+    one.call(make)
+    until(lambda: len(log.consumers()) == 2, "one of three to be removed")
+    assert len([name for name in log.consumers() if link.is_own(name)]) == 1
+    log.publish(feed, blocks(feed, 10))
+    taker.wait(2)
+    until(lambda: log.floor(link) == 2, "all to be acknowledged")
+    assert link.problem == ""
+
+
+def test_a_consumer_that_sends_no_message_though_it_lives_is_made_anew(
+    one: Brokers, tmp_path: Path, stack: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """As one whose leader lags behind: a paused consumer gives signs of life, and no message."""
+    monkeypatch.setattr(downlink, "LOOK_INTERVAL", 0.1)
+    log, feed, link = begun(one, tmp_path, stack)
+    taker = Taker(link)
+    log.publish(feed, blocks(feed, 10))
+    taker.wait(1)
+    (paused,) = until(lambda: len(found := log.consumers()) == 1 and found, "one consumer")
+
+    async def pause(client: Any) -> None:
+        request = b'{"pause_until": "2999-01-01T00:00:00Z"}'
+        answer = await client.request(f"$JS.API.CONSUMER.PAUSE.{log.name}.{paused}", request)
+        assert json.loads(answer.data)["paused"]
+
+    one.call(pause)
+    log.publish(feed, blocks(feed, 10))
+    taker.wait(2)
+    assert taker.sequences == [0, 1]
+    until(lambda: log.floor(link) == 2 and paused not in log.consumers(), "the new one to take its place")
+    line = f"the stream of {log.producer}: the broker that sends it lags behind the others: read anew"
+    assert [record.getMessage() for record in caplog.records] == [line]
 
 
 def test_damaged_messages_are_named_and_nothing_else_is_lost(

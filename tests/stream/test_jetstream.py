@@ -14,6 +14,7 @@ import pytest
 from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nats.js.api import StreamInfo
 from processes import LIMIT, free_port
 
 from larpixdaq.errors import BrokerError, ConfigError, FileError, LarpixDaqError, UsageError
@@ -48,6 +49,27 @@ def test_wrong_addresses_are_usage_errors_of_one_line(text: str) -> None:
         parse_servers(text)
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("silent", "expected"),
+    [
+        (None, False),  # one replica
+        ([], False),
+        ([0.0, 1.0], False),
+        ([0.0, 60.0], False),
+        ([60.0, 60.0], True),
+        ([60.0], True),
+        ([None, 60.0, 60.0, 60.0], True),
+        ([None, 2.0, 60.0, 60.0], False),
+    ],
+)
+def test_a_leader_is_alone_when_it_does_not_hear_a_majority(silent: list[float | None] | None, expected: bool) -> None:
+    """`silent`: seconds since it has heard each of the other brokers."""
+    replicas = silent and [{"name": str(i), "active": each and int(each * 1e9)} for i, each in enumerate(silent)]
+    state = dict.fromkeys(("messages", "bytes", "first_seq", "last_seq", "consumer_count"), 0)
+    answer = {"config": {"name": "s"}, "state": state, "cluster": {"leader": "a", "replicas": replicas}}
+    assert jetstream.is_alone(StreamInfo.from_response(answer)) == expected
 
 
 @settings(max_examples=examples(300))

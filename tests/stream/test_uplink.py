@@ -17,12 +17,13 @@ import pytest
 import zmq
 from brokers import Brokers, brokers
 from jetstream_frames import PRODUCER, check, frames_of
-from processes import LIMIT
+from nats.js.errors import APIError
+from processes import LIMIT, until
 from stream_harness import LAYOUT, Core, Line, make_consumer
 
 from larpixdaq.keys.curve import Admission, new_pair
 from larpixdaq.protocol.control import ConsumerSession, Endpoint, Update, session_digest
-from larpixdaq.protocol.stream_messages import ID, Frame, Identity, Unpacker
+from larpixdaq.protocol.stream_messages import EXPECTED_SEQUENCE, ID, Frame, Identity, Unpacker
 from larpixdaq.stream import jetstream, publisher
 from larpixdaq.stream.jetstream import Settings
 from larpixdaq.stream.uplink import Uplink, uplink_name
@@ -328,6 +329,55 @@ def test_a_full_stream_takes_no_more_until_storages_have_it(single: Brokers, tmp
         assert made.uplink.status().fill is not None
         single.call(take)
         assert check(frames) == list(range(made.line.written))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_a_late_message_of_a_dead_uplink(single: Brokers, tmp_path: Path, late: bool) -> None:
+    """It arrives before or after the first message of the next uplink, which has read the end of the stream before
+    both: it takes its place in the stream, or none."""
+    with station(tmp_path, single.urls) as made:
+        made.until(lambda: made.uplink.status().connected, "connected")
+        made.begin()
+        made.line.write(100)
+        made.until(lambda: made.line.publisher.subscribers, "the uplink's subscription")
+
+        async def first(client: Any) -> Any:
+            return await client.jetstream().get_msg("larpixdaq_board", seq=1)
+
+        async def messages(client: Any) -> int:
+            return int((await client.jetstream().stream_info("larpixdaq_board")).state.last_seq)
+
+        made.line.publisher.work()  # sends the block, and takes no acknowledgement
+        until(lambda: single.call(messages), "the message")
+        message = single.call(first)
+        assert message.headers[EXPECTED_SEQUENCE] == "0"
+        os.kill(made.pid, signal.SIGKILL)
+
+        async def forget(client: Any) -> None:
+            """Leave the stream as if the message were still on its way."""
+            await client.jetstream().delete_stream("larpixdaq_board")
+            await jetstream.ensure_stream(client.jetstream(), PRODUCER, SETTINGS)
+
+        async def arrive(client: Any) -> None:
+            await client.jetstream().publish("larpixdaq.board.1", message.data, headers=message.headers)
+
+        single.call(forget)
+
+        def works() -> bool:
+            made.uplink.work()
+            return made.uplink.status().restarts == 1 and made.uplink.status().connected
+
+        until(works, "the next uplink to read the end of the stream")
+        if not late:
+            single.call(arrive)
+        made.line.write(100)
+        made.line.end()
+        made.until_stored()
+        if late:
+            with pytest.raises(APIError, match="wrong last sequence"):
+                single.call(arrive)
+        assert check(frames_of(single)) == list(range(200))
+        assert made.uplink.status().lost_messages == 0
 
 
 def test_messages_of_another_program_stop_nothing(single: Brokers, tmp_path: Path) -> None:
