@@ -693,7 +693,7 @@ class StreamReader:
                 self.producer, last, self._expected - 1,
             )  # fmt: skip
             self._expected, self._acked = last + 1, min(self._acked, last)
-            self._unacknowledged.clear()
+            self._unacknowledged = deque(entry for entry in self._unacknowledged if entry.sequence <= last)
         self._runs |= runs
         for run in runs:
             first = await first_message(context, self.stream, jetstream.subject(self.producer, run))

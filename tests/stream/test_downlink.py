@@ -228,6 +228,33 @@ def test_a_broker_that_is_killed_and_started_again(tmp_path: Path, stack: contex
     assert link.problem == ""
 
 
+def test_a_stream_that_has_lost_its_end_acknowledges_no_message_before_the_storage_has_it(
+    one: Brokers, tmp_path: Path, stack: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    log, holds = StreamLog(one, a_producer()), [True]
+    feed, later = feed_of(log, 1), feed_of(log, 2)
+    link = storage(one, tmp_path, stack, holds=lambda: holds[0])
+    link.connect([log.producer])
+    link.begin(1, [])
+    taker = Taker(link, acknowledge=False)
+    sent = [[block] for block in blocks(feed, 10, 10, 10)]
+    log.publish(feed, *sent)
+    taker.wait(3)
+    holds[0] = False  # meanwhile it does not look at the stream
+    one.call(lambda client: client.jetstream().delete_stream(log.name))
+    StreamLog(one, log.producer).publish(feed, *sent[:2])
+    holds[0] = True
+    until(lambda: "the brokers have lost the last messages" in caplog.text, "the loss to be named")
+    log.publish(later, blocks(later, 10))
+    taker.wait(4)
+    link.acknowledge(later.origin, 1)
+    link.acknowledge(feed.origin, 1)
+    until(lambda: log.floor(link) >= 1, "the first message to be acknowledged")
+    assert log.floor(link) == 1
+    link.acknowledge(feed.origin, 2)
+    until(lambda: log.floor(link) == 3, "all to be acknowledged")
+
+
 def test_a_consumer_that_an_earlier_attempt_has_left_behind_is_removed(
     one: Brokers, tmp_path: Path, stack: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
