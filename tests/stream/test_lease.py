@@ -121,6 +121,7 @@ def test_holder_without_brokers_stops_in_time_and_continues_the_same_term(broker
 
 
 @pytest.mark.cluster
+@pytest.mark.timeout(300)
 def test_never_two_holders(tmp_path):
     """Three processes and three brokers die, stand still and come back, until the lease has had four terms."""
     choose = random.Random(1)
@@ -128,7 +129,7 @@ def test_never_two_holders(tmp_path):
         holders = [Holder(three, "chaos", tmp_path / f"{number}") for number in range(3)]
         stack.callback(lambda: [holder.__exit__() for holder in holders])
         until(lambda: any(holder.lines and holder.lines[-1][1] for holder in holders), "a first holder")
-        end, paused, away = clock() + 6 * LIMIT, {}, None
+        end, paused, away = clock() + 10 * LIMIT, {}, None
         while len({term for holder in holders for _, term in list(holder.lines) if term}) < 4:
             assert clock() < end
             number = choose.randrange(3)

@@ -6,6 +6,7 @@ They are on loopback, or each on a host of a network.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ from network import Network
 from processes import LIMIT, free_port, until
 
 from larpixdaq.broker import Settings, configuration, find_server
+from larpixdaq.errors import BrokerError
+from larpixdaq.stream import jetstream
 
 __all__ = ["Brokers", "brokers"]
 
@@ -199,15 +202,19 @@ class Brokers:
     def call(self, question: Callable[[Any], Awaitable[Any]], limit: float = LIMIT) -> Any:
         """Return what an asynchronous function of a NATS client that is connected to all brokers returns."""
 
-        async def ask() -> Any:
-            import nats
+        login = f"larpixdaq:{self.password}@" if self.password else ""
+        servers = tuple(f"nats://{login}{self.url(i)}" for i in range(len(self)))
 
-            how = {"user": "larpixdaq", "password": self.password} if self.password else {}
-            client = await nats.connect([f"nats://{self.url(i)}" for i in range(len(self))], **how)
+        async def ask() -> Any:
+            client = None
+            while client is None:
+                # Not by nats-py's own attempts, which leave sockets open.
+                with contextlib.suppress(BrokerError):
+                    client = await jetstream.connect(jetstream.Brokers(servers), "test", lambda reason: None)
             try:
                 return await question(client)
             finally:
-                await client.close()
+                await jetstream.close(client)
 
         return asyncio.run(asyncio.wait_for(ask(), limit))
 

@@ -23,7 +23,7 @@ from larpixdaq.cli.detector import PROGRAMS
 from larpixdaq.detector_config import DetectorConfig
 from larpixdaq.errors import ConfigError, LarpixDaqError
 from larpixdaq.runtime.launcher import read_running, start_time
-from larpixdaq.stream.jetstream import retried
+from larpixdaq.stream.jetstream import close, retried
 
 HOSTS = """\
 [hosts.rack1]
@@ -309,7 +309,7 @@ def ask(port: int, password: str, question: Any) -> Any:
         try:
             return await question(client)
         finally:
-            await client.close()
+            await close(client)
 
     return asyncio.run(asyncio.wait_for(connected(), LIMIT))
 
