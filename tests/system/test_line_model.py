@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-_path = Path(__file__).resolve().parents[2] / "bench/line_model.py"
-_spec = importlib.util.spec_from_file_location("line_model", _path)
-assert _spec is not None
-assert _spec.loader is not None
-model: Any = importlib.util.module_from_spec(_spec)
-sys.modules["line_model"] = model
-_spec.loader.exec_module(model)
+sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
+model: Any = importlib.import_module("line_model")
 
 COSTS = model.Costs(
-    receive=20, pack=24, from_ring=31, packed=45, plain=78, publish_1=26, publish_3=43, deliver=31, bytes=7, resume=0.3
-)
+    receive=20, pack=24, uplink=30, from_ring=31, packed=45, from_broker=25, plain=78, publish_1=26, publish_3=43,
+    deliver=31, trip_1=1, trip_3=2, bytes=7, resume=0.3, resume_brokers=0.3,
+)  # fmt: skip
 TIMES = {
     "number": st.integers(0, 1), "at": st.floats(0.1, 4), "seconds": st.floats(0.1, 4) | st.just(float("inf")),
 }  # fmt: skip
@@ -147,6 +143,14 @@ def test_an_election_is_waited_out_in_the_ring() -> None:
     assert result.stored == result.sent
     assert 4 <= result.delays[2] <= 9.5
     assert result.ring <= 9.5 * 100_000 * 36 / (508 << 20)
+
+
+def test_one_message_is_on_its_way_to_the_brokers() -> None:
+    """Each takes a second: the first has the 10,000 rows of a tick, 29 further ones what fits of 70,000."""
+    plan = model.Plan(rates=[(0, 100_000.0)], seconds=20, brokers=1, replicas=1)
+    result = model.Line(plan, COSTS._replace(trip_1=1000.0)).run()
+    assert result.stored == result.sent == 2_000_000
+    assert result.drained_at == pytest.approx(30, abs=0.5)
 
 
 def test_one_line_without_simpy(monkeypatch: pytest.MonkeyPatch) -> None:
