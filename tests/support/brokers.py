@@ -6,7 +6,6 @@ They are on loopback, or each on a host of a network.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import shutil
@@ -207,11 +206,12 @@ class Brokers:
         servers = tuple(f"nats://{login}{self.url(i)}" for i in range(len(self)))
 
         async def ask() -> Any:
-            client = None
-            while client is None:
-                # Not by nats-py's own attempts, which leave sockets open.
-                with contextlib.suppress(BrokerError):
+            while True:  # not by nats-py's own attempts, which leave sockets open
+                try:
                     client = await jetstream.connect(jetstream.Brokers(servers), "test", lambda reason: None)
+                    break
+                except BrokerError:
+                    await asyncio.sleep(jetstream.RETRY_INTERVAL)
             try:
                 return await question(client)
             finally:
