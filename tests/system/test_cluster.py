@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from kill_cluster import KINDS, cluster
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.faults]
 
 
 @pytest.mark.timeout(240)
