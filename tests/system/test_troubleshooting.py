@@ -30,7 +30,6 @@ EXPLAINED = re.compile(
 READ = set(
     """
 a broker lags behind
-its leader is cut off
 stream …: the brokers do not know the position of …
 Already listening
 Already not listening
