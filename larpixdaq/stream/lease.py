@@ -221,6 +221,7 @@ class Bucket:
         self.name = name
         self._brokers, self._who = brokers, who
         self._client: Client | None = None
+        self._broker = ""  # address of the last one
         self._connecting: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"bucket {name}", daemon=True)
@@ -278,7 +279,8 @@ class Bucket:
 
     async def _make_connection(self) -> None:
         await self._drop()
-        self._client = await jetstream.connect(self._brokers, self._who, lambda reason: None)
+        self._client = await jetstream.connect(self._brokers, self._who, lambda reason: None, avoid=self._broker)
+        self._broker = self._client.connected_url.netloc if self._client.connected_url is not None else ""
 
     async def _drop(self) -> None:
         client, self._client = self._client, None
@@ -351,8 +353,8 @@ class Bucket:
         try:
             return await asyncio.wait_for(_checked(request), limit)
         except (BrokerError, asyncio.TimeoutError) as error:
-            # The broker of this connection may stand still.
-            if not isinstance(error, BrokerError) or not error.code:
+            # The broker of this connection may stand still, or be cut off from the others.
+            if not isinstance(error, BrokerError) or error.code in (0, *jetstream.TEMPORARY):
                 self._loop.create_task(self._drop())
             why = str(error) or f"no broker has answered within {limit:g} s"
             raise BrokerError(f"bucket {self.name}, key {key}: {why}") from None
