@@ -343,7 +343,7 @@ class Downlink:
                 if self._warned:
                     log.warning("the brokers are connected again")
                 self._problem = self._warned = ""
-                self._broker = client.connected_url.netloc if client.connected_url is not None else ""
+                self._broker = jetstream.broker_of(client)
                 if self.mode == "all" and not self._knows_streams:
                     await self._add_known(client)
                 self._connection.set_result(client)
@@ -573,7 +573,7 @@ class StreamReader:
             except Exception as error:
                 self._fail(error)
                 leaves = isinstance(error, jetstream.CutOff)
-                if not leaves and jetstream.error_code(error) in (0, *jetstream.TEMPORARY):  # else the brokers refuse
+                if not leaves and jetstream.error_code(error) in jetstream.UNANSWERED:  # else the brokers refuse
                     failures += 1
                     leaves = failures >= MAX_FAILURES and failures.bit_count() == 1
                 if leaves and client is not None:

@@ -59,6 +59,8 @@ STREAM_FULL: Final = 10077
 ID_IN_PROCESS: Final = 10158
 #: During elections and starts of brokers.
 TEMPORARY: Final = (10004, 10008, 10009, 10118)
+#: Codes of failures that another broker may not have, if this one is cut off: no answer, or no leader.
+UNANSWERED: Final = (0, *TEMPORARY)
 _MEANINGS: Final = {
     10004: "a broker of the cluster is missing",
     10005: "there are too few brokers with room for the stream",
@@ -404,6 +406,11 @@ def _client() -> Client:
             await super()._process_info(info, initial_connection)
 
     return SecureClient()
+
+
+def broker_of(client: Client) -> str:
+    """Return the address of the broker of a connection, as `avoid` of connect() takes it."""
+    return client.connected_url.netloc if client.connected_url is not None else ""
 
 
 async def close(client: Client) -> None:

@@ -280,7 +280,7 @@ class Bucket:
     async def _make_connection(self) -> None:
         await self._drop()
         self._client = await jetstream.connect(self._brokers, self._who, lambda reason: None, avoid=self._broker)
-        self._broker = self._client.connected_url.netloc if self._client.connected_url is not None else ""
+        self._broker = jetstream.broker_of(self._client)
 
     async def _drop(self) -> None:
         client, self._client = self._client, None
@@ -354,7 +354,7 @@ class Bucket:
             return await asyncio.wait_for(_checked(request), limit)
         except (BrokerError, asyncio.TimeoutError) as error:
             # The broker of this connection may stand still, or be cut off from the others.
-            if not isinstance(error, BrokerError) or error.code in (0, *jetstream.TEMPORARY):
+            if not isinstance(error, BrokerError) or error.code in jetstream.UNANSWERED:
                 self._loop.create_task(self._drop())
             why = str(error) or f"no broker has answered within {limit:g} s"
             raise BrokerError(f"bucket {self.name}, key {key}: {why}") from None
@@ -496,7 +496,8 @@ class Lease:
             try:
                 await self._turn()
                 self.problem = ""
-                # A candidate that waits for nobody may have the lease in a moment, or end.
+                # Only who has the lease, or waits for a process that has it, gives signs. Any other candidate may get
+                # the lease in a moment, or end.
                 if clock() >= self._sign_due and (self._rule.is_own or self._rule.rival is not None):
                     self._sign_due = clock() + self.seconds / 3
                     await self._exchange_signs()

@@ -307,7 +307,7 @@ class UplinkProcess:
                 client = await jetstream.connect(
                     self._setup.brokers, self._setup.name, self._note_lost, avoid=self._last_broker
                 )
-                self._last_broker = client.connected_url.netloc if client.connected_url is not None else ""
+                self._last_broker = jetstream.broker_of(client)
                 await self._serve(client)
             except (LarpixDaqError, Error, OSError, asyncio.TimeoutError) as error:
                 self._say(self._lost or jetstream.describe(error))
